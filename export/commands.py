@@ -1,0 +1,198 @@
+"""`dvt export` and `dvt evaluate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
+
+
+def register_export(app: typer.Typer) -> None:
+    app.command("export")(export)
+
+
+def register_evaluate(app: typer.Typer) -> None:
+    app.command("evaluate")(evaluate)
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="model.safetensors of a training run.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder to write; must not exist.")],
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint as a bundle: one ONNX file per stage, run and compared with PyTorch.
+
+    The bundle still wants thresholds before it can serve: dvt calibrate BUNDLE IMAGES.
+
+    \b
+    Example:
+      dvt export runs/photo10/model.safetensors photo10-bundle
+    """
+    from tqdm import tqdm
+
+    from export.verify import VerificationError
+    from export.write import export_checkpoint
+
+    with tqdm(total=5, disable=as_json or not sys.stderr.isatty(), bar_format="{desc} {bar} {elapsed}") as bar:
+
+        def progress(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        try:
+            written = export_checkpoint(checkpoint, bundle, progress)
+        except (ValueError, OSError, VerificationError) as error:
+            raise click.ClickException(str(error)) from None
+    manifest = written.manifest
+    if as_json:
+        click.echo(
+            json.dumps({"path": str(written.path), "version": manifest.version, "parity": dict(manifest.parity)})
+        )
+        return
+    click.echo(f"{written.path}: {manifest.name} {manifest.version}")
+    for number, stage in enumerate(manifest.stages, start=1):
+        difference = manifest.parity["max_logit_difference"][number - 1]
+        side = stage.grid[0]
+        click.echo(
+            f"  exit {number}: {side}x{side} tokens, {stage.gmacs:.4g} GMAC so far, logits within {difference:.1e}"
+        )
+    click.echo(f"next: dvt calibrate {bundle} IMAGES --held-out FRACTION")
+
+
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="CHECKPOINT|BUNDLE", help="A checkpoint file or a bundle folder.")],
+    images: Annotated[
+        Path | None, typer.Argument(metavar="[IMAGES]", help="Image folder to measure accuracy on.")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="Normalised inputs (B, 3, H, W), .npy; needs --logits.", metavar="X.npy")
+    ] = None,
+    logits: Annotated[
+        Path | None, typer.Option(help="Where to write the logits, (exits, B, classes) float32.", metavar="OUT.npy")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy and MACs of every exit; or every exit's logits for given inputs.
+
+    A bundle is run through its exported engines. For a calibrated one, also what its thresholds do to IMAGES at 25, 50
+    and 75 % of the last exit's cost, and the area under the budget curve, next to the geometric family of thresholds.
+
+    \b
+    Examples:
+      dvt evaluate runs/photo10/model.safetensors photo10/test
+      dvt evaluate photo10-bundle photo10/test
+      dvt evaluate photo10-bundle --inputs x.npy --logits y.npy
+    """
+    if (inputs is None) != (logits is None):
+        raise click.UsageError("--inputs and --logits go together")
+    if images is None and inputs is None:
+        raise click.UsageError("nothing to do: name an image folder, or --inputs and --logits")
+    try:
+        if inputs is not None and logits is not None:
+            _write_logits(target, inputs, logits)
+        if images is not None:
+            report = _evaluate_bundle(target, images) if target.is_dir() else _evaluate_checkpoint(target, images)
+            click.echo(json.dumps(report) if as_json else _table(report))
+    except click.ClickException:
+        raise
+    except Exception as error:
+        if not _users_fault(error):
+            raise
+        raise click.ClickException(str(error)) from None
+
+
+def _users_fault(error: Exception) -> bool:
+    from server.calibrate import CalibrationError
+    from server.errors import BundleError
+
+    return isinstance(error, (ValueError, OSError, BundleError, CalibrationError))
+
+
+def _write_logits(target: Path, inputs: Path, out: Path) -> None:
+    import numpy as np
+
+    x = np.load(inputs, allow_pickle=False)
+    if target.is_dir():
+        from export.logits import bundle_logits
+        from server.bundle import Bundle
+
+        y = bundle_logits(Bundle.load(target, need_frontier=False), x)
+    else:
+        import torch
+
+        from model.checkpoint import load_model
+        from model.evaluate import exit_logits
+
+        model, _ = load_model(target)
+        side = model.config.image_size
+        if x.ndim != 4 or x.shape[1:] != (3, side, side):
+            raise ValueError(f"inputs have shape {x.shape}, the model takes (B, 3, {side}, {side})")
+        y = exit_logits(model, torch.from_numpy(x)).numpy()
+    np.save(out, y.astype(np.float32), allow_pickle=False)
+
+
+def _evaluate_checkpoint(path: Path, images: Path) -> dict[str, Any]:
+    from model.checkpoint import load_model
+    from model.data import Normalize, eval_loader, scan_image_folder
+    from model.evaluate import exit_accuracy
+    from model.flops import cumulative_macs
+
+    model, _ = load_model(path)
+    config = model.config
+    labels, samples = scan_image_folder(images)
+    if config.labels and labels != config.labels:
+        raise ValueError(f"{images}: classes differ from the model's ({', '.join(config.labels)})")
+    device = next(model.parameters()).device
+    accuracy = exit_accuracy(
+        model, eval_loader(samples, config.resize, config.image_size, 64), Normalize(config.mean, config.std, device)
+    )
+    return {
+        "images": len(samples),
+        "exit_accuracy": accuracy,
+        "stage_gmacs": [macs / 1e9 for macs in cumulative_macs(model)],
+    }
+
+
+def _evaluate_bundle(path: Path, images: Path) -> dict[str, Any]:
+    from server.bundle import FRONTIER, Bundle
+    from server.calibrate import read_image_folder, record
+    from server.engines import load_engine
+    from server.evaluate import evaluate
+    from server.settings import usable_cores
+
+    bundle = Bundle.load(path, need_frontier=(path / FRONTIER).exists())
+    examples = read_image_folder(images, bundle.manifest.labels)
+    engine = load_engine(bundle)
+    try:
+        records = record(bundle, engine, examples, threads=usable_cores(), progress=sys.stderr.isatty())
+    finally:
+        engine.close()
+    if bundle.solved is None:
+        return {
+            "images": len(examples),
+            "exit_accuracy": records.correct.mean(axis=1).tolist(),
+            "stage_gmacs": list(bundle.manifest.stage_gmacs),
+        }
+    return asdict(evaluate(bundle.solved, records))
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [f"{report['images']} images", "exit   top-1     GMAC"]
+    for number, (accuracy, gmacs) in enumerate(zip(report["exit_accuracy"], report["stage_gmacs"], strict=True), 1):
+        lines.append(f"{number:>4} {accuracy:8.2%} {gmacs:8.4g}")
+    for title, key in (("calibrated thresholds", "points"), ("geometric thresholds", "geometric_points")):
+        if key in report:
+            lines += [title, "budget top-1     GMAC   leave at each exit"]
+            for name, row in report[key].items():
+                fractions = " ".join(f"{f:.2f}" for f in row["exit_fractions"])
+                lines.append(f"{name:>5} {row['accuracy']:8.2%} {row['gmacs']:8.4g}   {fractions}")
+    if "area" in report:
+        lines.append(f"area under the budget curve: {report['area']:.4f}, geometric {report['geometric_area']:.4f}")
+    return "\n".join(lines)

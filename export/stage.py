@@ -1,0 +1,113 @@
+"""One stage as a graph of its own: pixels and the state of the stage before in, an exit's answer and the state out.
+
+What a server would otherwise have to know is inside: normalisation, softmax, confidence. The names of the tensors are
+part of the bundle's contract.
+
+Shapes: B images, S image side, K classes, n upstream tokens and N this stage's, both without the class token,
+D embed_dim, C = depth * heads.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.onnx.ops
+from torch import Tensor, nn
+
+from model.config import DVTConfig
+from model.dvt import DVT, Stage
+from model.layers import Attention
+from model.reuse import ReuseState
+
+IMAGE = "image"
+ANSWER = ("logits", "probabilities", "confidence")
+
+
+def onnx_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`model.layers.attend` as ONNX's own operator (opset 23): an engine may fuse it. Its fourth output in mode 2 is
+    scaled logits plus mask, which is what relation reuse hands on."""
+    mixed, _, _, logits = torch.onnx.ops.attention(q, k, v, bias, scale=scale, qk_matmul_output_mode=2)
+    return mixed, logits
+
+
+class TensorShape(NamedTuple):
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class StageGraph(nn.Module):
+    """The module that is exported for stage `number` (from 1). Takes its own copy of the weights."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: DVT, number: int) -> None:
+        super().__init__()
+        stage = model.stages[number - 1]
+        assert isinstance(stage, Stage)
+        self.config = model.config
+        self.number = number
+        self.stage = copy.deepcopy(stage).cpu().float().eval()
+        for module in self.stage.modules():
+            if isinstance(module, Attention):
+                module.attend = onnx_attention
+        std = torch.tensor(model.config.std).view(1, 3, 1, 1) * 255
+        self.register_buffer("scale", 1 / std)
+        self.register_buffer("shift", -torch.tensor(model.config.mean).view(1, 3, 1, 1) * 255 / std)
+
+    @property
+    def takes_state(self) -> bool:
+        return self.stage.feature_reuse is not None or self.stage.relation_reuse is not None
+
+    def forward(
+        self, image: Tensor, features: Tensor | None = None, relations: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """image (B, S, S, 3) uint8; features (B, n, D), relations (B, C, n+1, n+1) float32 from stage 2 on
+        -> logits (B, K), probabilities (B, K), confidence (B,), and but for the last stage its own features and
+        relations."""
+        state = None if features is None or relations is None else ReuseState(features, relations)
+        # Cast first: an integer transpose does not build in TensorRT.
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.shift
+        logits, handed_on = self.stage(pixels, state)
+        probabilities = logits.softmax(dim=-1)
+        answer = (logits, probabilities, probabilities.amax(dim=-1))
+        return answer if handed_on is None else (*answer, *handed_on)
+
+    def inputs(self) -> dict[str, TensorShape]:
+        size = self.config.image_size
+        shapes = {IMAGE: TensorShape("uint8", ("B", size, size, 3))}
+        if self.takes_state:
+            shapes |= _state_shapes(self.config, self.number - 1)
+        return shapes
+
+    def outputs(self) -> dict[str, TensorShape]:
+        K = self.config.num_classes
+        shapes = {name: TensorShape("float32", ("B", K)) for name in ANSWER[:2]}
+        shapes[ANSWER[2]] = TensorShape("float32", ("B",))
+        if self.stage.hands_on:
+            shapes |= _state_shapes(self.config, self.number)
+        return shapes
+
+    def example(self, batch: int) -> tuple[Tensor, ...]:
+        """Inputs of the right shapes, deterministic."""
+        generator = torch.Generator().manual_seed(0)
+        tensors = []
+        for dtype, (_, *rest) in self.inputs().values():
+            shape = (batch, *(int(size) for size in rest))
+            if dtype == "uint8":
+                tensors.append(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
+            else:
+                tensors.append(torch.randn(shape, generator=generator))
+        return tuple(tensors)
+
+
+def _state_shapes(config: DVTConfig, number: int) -> dict[str, TensorShape]:
+    """State that stage `number` leaves."""
+    n = config.grids[number - 1] ** 2
+    channels = config.depth * config.num_heads
+    shapes: tuple[tuple[int | str, ...], ...] = (("B", n, config.embed_dim), ("B", channels, n + 1, n + 1))
+    # Named after the stage that leaves them: a graph may not have an input and an output of one name.
+    names = (f"features_{number}", f"relations_{number}")
+    return {name: TensorShape("float32", shape) for name, shape in zip(names, shapes, strict=True)}

@@ -1,0 +1,97 @@
+"""Tokens-to-token: three overlapping soft splits with a one-head performer after the first two (Yuan et al., 2021),
+and the fixed sinusoid position embedding of T2T-ViT."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOKEN_DIM = 64  # width inside the T2T module
+FEATURES = 32  # random features of the performer
+NORM_EPS = 1e-5
+
+# First soft split at 224 pixels, as published: grid -> (kernel, stride, padding).
+_PUBLISHED = {7: (14, 8, 3), 10: (11, 6, 5), 14: (7, 4, 2)}
+
+
+def soft_split_geometry(size: int, grid: int) -> tuple[int, int, int]:
+    """(kernel, stride, padding) of the first soft split; two 3/2/1 splits follow and each halves the side.
+
+    Raises ValueError where no split fits: `size` must then be a multiple of 4*grid.
+    """
+    if size == 224 and grid in _PUBLISHED:
+        return _PUBLISHED[grid]
+    stride, rest = divmod(size, 4 * grid)
+    if rest or stride < 2:
+        raise ValueError(f"no T2T soft split from {size} pixels to a {grid}x{grid} grid: not a multiple of {4 * grid}")
+    return 2 * stride - 1, stride, stride // 2
+
+
+class TokenPerformer(nn.Module):
+    """Linear attention by random features (Choromanski et al., 2021), then an MLP. Runs in fp32 throughout: its
+    1e-8 guard is zero in fp16."""
+
+    def __init__(self, in_dim: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.kqv = nn.Linear(in_dim, 3 * TOKEN_DIM)
+        self.proj = nn.Linear(TOKEN_DIM, TOKEN_DIM)
+        self.norm1 = nn.LayerNorm(in_dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(TOKEN_DIM, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(TOKEN_DIM, TOKEN_DIM), nn.GELU(), nn.Linear(TOKEN_DIM, TOKEN_DIM), nn.Dropout(dropout)
+        )
+        w = nn.init.orthogonal_(torch.empty(FEATURES, TOKEN_DIM)) * math.sqrt(FEATURES)
+        self.w = nn.Parameter(w, requires_grad=False)  # (m, 64), drawn once, frozen, part of the checkpoint
+
+    def _features(self, x: Tensor) -> Tensor:
+        """exp(w.x - |x|^2/2) / sqrt(m): (B, T, 64) -> (B, T, m)."""
+        half_norm = (x * x).sum(dim=-1, keepdim=True) / 2
+        return torch.exp(x @ self.w.T - half_norm) / math.sqrt(FEATURES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, in_dim) -> (B, T, 64)."""
+        k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)  # in this order
+        kf, qf = self._features(k), self._features(q)  # (B, T, m)
+        # Summed along the last axis: there, engines add in an order that does not depend on the batch.
+        denominator = qf @ kf.transpose(1, 2).sum(dim=-1, keepdim=True) + 1e-8  # (B, T, 1)
+        summary = v.transpose(1, 2) @ kf  # (B, 64, m)
+        y = (qf @ summary.transpose(1, 2)) / denominator  # (B, T, 64)
+        y = v + self.dropout(self.proj(y))  # the residual is V, not the input
+        return y + self.mlp(self.norm2(y))
+
+
+class TokensToToken(nn.Module):
+    def __init__(self, size: int, grid: int, embed_dim: int) -> None:
+        super().__init__()
+        kernel, stride, padding = soft_split_geometry(size, grid)
+        self.first = (kernel, stride, padding)
+        side = (size + 2 * padding - kernel) // stride + 1
+        self.sides = (side, (side - 1) // 2 + 1)  # after the first and the second split
+        self.performer1 = TokenPerformer(3 * kernel * kernel)
+        self.performer2 = TokenPerformer(TOKEN_DIM * 9)
+        self.project = nn.Linear(TOKEN_DIM * 9, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, size, size) -> (B, grid*grid, D). In fp32, also under autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            kernel, stride, padding = self.first
+            x = F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)  # (B, T1, 3*k*k)
+            for performer, side in zip((self.performer1, self.performer2), self.sides, strict=True):
+                x = performer(x)  # (B, side*side, 64)
+                x = x.transpose(1, 2).reshape(-1, TOKEN_DIM, side, side)
+                x = F.unfold(x, 3, stride=2, padding=1).transpose(1, 2)  # (B, T, 576)
+            tokens: Tensor = self.project(x)
+            return tokens
+
+
+def sinusoid(positions: int, dim: int) -> Tensor:
+    """Fixed 1-D sine/cosine table over the flat index, class token at 0: (1, positions, dim)."""
+    rate = torch.pow(10000.0, -(torch.arange(dim, dtype=torch.float64) // 2 * 2) / dim)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * rate
+    table = torch.where(torch.arange(dim) % 2 == 0, angle.sin(), angle.cos())
+    return table.float()[None]

@@ -1,0 +1,47 @@
+"""Image to tokens without T2T: one patch convolution, or a small convolutional stem in front of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+def patch_geometry(size: int, grid: int) -> tuple[int, int]:
+    """(kernel = stride, padding) of a patch convolution from `size` pixels to `grid` tokens a side: the smallest patch
+    that covers the image, padded evenly. 224 pixels: 7 -> 32/0, 10 -> 23/3, 14 -> 16/0, as published."""
+    kernel = -(-size // grid)
+    padding = -(-(kernel * grid - size) // 2)
+    return kernel, padding
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches (ViT, DeiT)."""
+
+    def __init__(self, size: int, grid: int, embed_dim: int, in_chans: int = 3) -> None:
+        super().__init__()
+        kernel, padding = patch_geometry(size, grid)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=kernel, stride=kernel, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, size, size) -> (B, grid*grid, D)."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class ConvStem(nn.Module):
+    """Two 3x3 stride-2 convolutions, then patches of what they see (Xiao et al., "Early Convolutions Help
+    Transformers See Better", 2021)."""
+
+    def __init__(self, size: int, grid: int, embed_dim: int, stem_dim: int) -> None:
+        super().__init__()
+        widths = (3, stem_dim // 2, stem_dim)
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.GELU()]
+        self.stem = nn.Sequential(*layers)
+        self.patches = PatchEmbed(size // 4, grid, embed_dim, in_chans=stem_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, size, size) -> (B, grid*grid, D)."""
+        tokens: Tensor = self.patches(self.stem(x))
+        return tokens

@@ -1,0 +1,205 @@
+"""Image folders for training: ROOT/<class>/<file>, read with Pillow, augmented per image and per batch.
+
+Every random draw comes from a generator seeded by (seed, epoch, position): the same images come out whatever the
+number of loading processes, and a resumed run sees exactly what an uninterrupted one would have seen.
+Normalisation is not done here: batches are uint8 until they are on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+
+
+def held_out(relative_path: str, fraction: float) -> bool:
+    """Whether an image, named "<class>/<file>", belongs to the slice kept out of training for calibration.
+
+    A hash of the name decides, so that training and calibration agree without sharing a list. The server's
+    calibration applies the same rule.
+    """
+    return int(hashlib.sha256(relative_path.encode()).hexdigest()[:8], 16) / 2**32 < fraction
+
+
+@dataclass(frozen=True)
+class Sample:
+    path: Path
+    label: int
+
+
+def scan_image_folder(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
+    """Class names in alphabetical order, and all samples in a stable order.
+
+    Raises FileNotFoundError or ValueError, naming the folder, where there are no classes or no images.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no such image folder: {root}")
+    labels = tuple(sorted(d.name for d in root.iterdir() if d.is_dir()))
+    if not labels:
+        raise ValueError(f"{root} holds no class folders (expected {root}/<class>/<image>)")
+    samples = [
+        Sample(path, index)
+        for index, name in enumerate(labels)
+        for path in sorted((root / name).iterdir())
+        if path.suffix.lower() in SUFFIXES
+    ]
+    if not samples:
+        raise ValueError(f"{root} holds class folders but no images ({', '.join(sorted(SUFFIXES))})")
+    return labels, samples
+
+
+Split = Literal["train", "held-out", "all"]
+
+
+def select(root: Path, samples: list[Sample], fraction: float, split: Split) -> list[Sample]:
+    if split == "all":
+        return samples
+    wanted = split == "held-out"
+    return [s for s in samples if held_out(s.path.relative_to(root).as_posix(), fraction) == wanted]
+
+
+def random_resized_crop(image: Image.Image, size: int, min_area: float, rng: np.random.Generator) -> Image.Image:
+    """A random part of at least `min_area` of the image, sides 3:4 to 4:3, resized to size x size
+    (Szegedy et al., 2015)."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(min_area, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            break
+    else:
+        w = h = float(min(width, height))
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+
+
+def resize_and_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
+    """Short side to `resize`, centre crop of `crop`, in one bicubic resampling."""
+    scale = min(image.size) / resize
+    side = crop * scale
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((crop, crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast and saturation, each times 1 +- strength. image (H, W, 3) uint8."""
+    x = image.astype(np.float32)
+    x *= rng.uniform(1 - strength, 1 + strength)
+    mean = x.mean()
+    x = (x - mean) * rng.uniform(1 - strength, 1 + strength) + mean
+    grey = x @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    x = (x - grey[..., None]) * rng.uniform(1 - strength, 1 + strength) + grey[..., None]
+    return np.clip(x, 0, 255).astype(np.uint8)
+
+
+class EvalImages(Dataset[tuple[Tensor, int]]):
+    """The evaluation transform: (3, crop, crop) uint8."""
+
+    def __init__(self, samples: list[Sample], resize: int, crop: int) -> None:
+        self.samples, self.resize, self.crop = samples, resize, crop
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        sample = self.samples[index]
+        with Image.open(sample.path) as image:
+            pixels = np.asarray(resize_and_crop(image.convert("RGB"), self.resize, self.crop))
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), sample.label
+
+
+class TrainImages(Dataset[tuple[Tensor, int]]):
+    """The training transform: random crop, flip, colour. Set `epoch` before each pass."""
+
+    def __init__(self, samples: list[Sample], size: int, min_area: float, colour: float, seed: int) -> None:
+        self.samples, self.size, self.min_area, self.colour, self.seed = samples, size, min_area, colour, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        sample = self.samples[index]
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        with Image.open(sample.path) as image:
+            pixels = np.asarray(random_resized_crop(image.convert("RGB"), self.size, self.min_area, rng))
+        if self.colour:
+            pixels = jitter(pixels, self.colour, rng)
+        if rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), sample.label
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation drawn from (seed, epoch), shared out over the processes of a distributed run, cut to whole batches
+    of the whole run."""
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.length, self.seed, self.rank, self.world = length, seed, rank, world
+        self.kept = length // (batch_size * world) * batch_size * world
+        self.epoch = 0
+        if not self.kept:
+            raise ValueError(f"{length} training images do not fill one batch of {batch_size * world}")
+
+    def __len__(self) -> int:
+        return self.kept // self.world
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)[: self.kept]
+        return iter(order[self.rank :: self.world].tolist())
+
+
+class Normalize:
+    """uint8 (B, 3, H, W) -> float32, zero mean and unit variance by the model's own statistics."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255
+        self.std = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
+
+
+def mix(
+    images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float, probability: float,
+    smoothing: float, rng: np.random.Generator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019), one of the two, for a whole batch with probability
+    `probability`; labels become smoothed distributions. images (B, 3, H, W), labels (B,) -> same, (B, K)."""
+    off = smoothing / num_classes
+    targets = F.one_hot(labels, num_classes).float() * (1 - smoothing) + off
+    choices = [name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
+    if not choices or rng.random() >= probability:
+        return images, targets
+    order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    if choices[rng.integers(len(choices))] == "mixup":
+        lam = float(rng.beta(mixup, mixup))
+        images = images * lam + images[order] * (1 - lam)
+    else:
+        lam = float(rng.beta(cutmix, cutmix))
+        H, W = images.shape[-2:]
+        h, w = int(H * math.sqrt(1 - lam)), int(W * math.sqrt(1 - lam))
+        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+        images = images.clone()
+        images[..., top : top + h, left : left + w] = images[order][..., top : top + h, left : left + w]
+        lam = 1 - h * w / (H * W)
+    return images, targets * lam + targets[order] * (1 - lam)
+
+
+def eval_loader(
+    samples: list[Sample], resize: int, crop: int, batch_size: int, num_workers: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    return DataLoader(EvalImages(samples, resize, crop), batch_size=batch_size, num_workers=num_workers)  # type: ignore[arg-type]

@@ -1,0 +1,45 @@
+"""What a trained DVT is worth: accuracy and MACs per exit, and the logits of every exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.dvt import DVT
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per exit, in order: top-1 accuracy and cumulative MACs; over `images` images."""
+
+    accuracy: list[float]
+    macs: list[int]
+    images: int
+
+
+@torch.inference_mode()
+def exit_accuracy(
+    model: DVT, batches: Iterable[tuple[Tensor, Tensor]], normalize: Callable[[Tensor], Tensor]
+) -> list[float]:
+    """Top-1 accuracy of every exit over (uint8 images (B, 3, H, W), labels (B,)) batches."""
+    was_training = model.training
+    model.eval()
+    right, seen = torch.zeros(model.config.num_stages), 0
+    for images, labels in batches:
+        exits = model(normalize(images))
+        right += torch.tensor([float((logits.argmax(1).cpu() == labels).sum()) for logits in exits])
+        seen += len(labels)
+    model.train(was_training)
+    if not seen:
+        raise ValueError("no images to evaluate on")
+    return (right / seen).tolist()
+
+
+@torch.inference_mode()
+def exit_logits(model: DVT, inputs: Tensor, batch_size: int = 64) -> Tensor:
+    """Logits of every exit for normalised inputs (B, 3, H, W): (exits, B, K), float32."""
+    model.eval()
+    return torch.cat([torch.stack(model(batch)) for batch in inputs.float().split(batch_size)], dim=1)

@@ -1,0 +1,104 @@
+"""The command `dvt`: one application, filled by every entry point of the group `dvt.commands`.
+
+Each package of the distribution brings its own commands, so that `server` imports neither `model` nor `export`. A
+package whose libraries are not installed (torch, onnx) still shows, and says what to install.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, NoReturn
+
+import click
+import typer
+
+from server import commands
+from server.errors import BundleError
+
+GROUP = "dvt.commands"
+
+# Which extra of the distribution brings a library that is missing.
+EXTRAS = {"onnxruntime": "cpu"}
+DEFAULT_EXTRA = "export"  # torch, onnx and what belongs to them
+
+
+def build() -> typer.Typer:
+    """The application with every command there is."""
+    app = typer.Typer(
+        name="dvt",
+        help="Serve, train, export and steer Dynamic Vision Transformers.\n\nStart with: dvt serve",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,  # errors are one plain line
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+        ] = False,
+    ) -> None:
+        pass
+
+    commands.register(app)
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        if entry.value != "server.commands:register":
+            add(app, entry)
+    return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from server.app import release
+
+        click.echo(f"dvt-serve {release()}")
+        raise typer.Exit
+
+
+def add(app: typer.Typer, entry: EntryPoint) -> None:
+    """Let the package behind an entry point register its commands; one that cannot be imported says why."""
+    try:
+        register = entry.load()
+    except ModuleNotFoundError as error:
+        missing = error
+
+        def unavailable() -> None:
+            raise click.ClickException(_install(missing))
+
+        unavailable.__doc__ = f"Not installed: {_install(missing)}"
+        app.command(entry.name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+            unavailable
+        )
+        return
+    register(app)
+
+
+def _install(error: ModuleNotFoundError) -> str:
+    library = (error.name or "").partition(".")[0]
+    return f"needs {library}: pip install 'dvt-serve[{EXTRAS.get(library, DEFAULT_EXTRA)}]'"
+
+
+def main() -> None:
+    """Run `dvt`. Exit status 0: done; 1: failed; 2: it was told something that it cannot do."""
+    try:
+        build()(prog_name="dvt")
+    except click.ClickException as error:  # typer brings a click of its own, and passes on what is not its own
+        _fail(error.format_message(), error.exit_code)
+    except BundleError as error:
+        _fail(str(error), 1)
+    except ModuleNotFoundError as error:  # a command that imports its libraries only when it runs
+        if error.name is None or error.name.partition(".")[0] in ("server", "model", "export"):
+            raise
+        _fail(_install(error), 1)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

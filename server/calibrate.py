@@ -1,0 +1,254 @@
+"""Calibration: held-out images through the deployed preprocessing and the deployed engine, then the sweep.
+
+It must be the deployed ones: another precision or another resize moves confidences across thresholds. And the images
+must be held out: on images that training saw the cascade looks surer, and better, than it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from server.bundle import Bundle
+from server.core import Engine, Floats, Slot, StageBatch
+from server.errors import BundleError, ServeError
+from server.frontier import NEVER, Frontier, FrontierRow, Records, sweep
+from server.images import ImageLimits, decode
+
+Example = tuple[Path, int]  # image file, class id
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+_SEED = 0
+
+
+class CalibrationError(Exception):
+    """Images that cannot be calibrated on. The message, one line, names the file or folder and the cause."""
+
+
+def held_out(relative_path: str, fraction: float) -> bool:
+    """Whether training leaves this image out, told from its path `class/name` inside the image folder.
+
+    `model.data` has the same rule, so that both sides find the same slice on any machine, with no list to keep.
+    """
+    return int(hashlib.sha256(relative_path.encode()).hexdigest()[:8], 16) / 2**32 < fraction
+
+
+def read_image_folder(
+    root: Path, labels: Sequence[str], *, fraction: float = 1.0, limit: int | None = None
+) -> list[Example]:
+    """The images of root/<label>/..., sorted by path, with the class id of their label.
+
+    `fraction` < 1 takes only the held-out slice. `limit` takes at most so many, drawn with a fixed seed so that every
+    class keeps its share. Raises CalibrationError for a folder that is no label, and where no image is left.
+    """
+    if not root.is_dir():
+        raise CalibrationError(f"{root}: no such folder")
+    ids = {label: number for number, label in enumerate(labels)}
+    examples: list[Example] = []
+    for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        if folder.name not in ids:
+            raise CalibrationError(f"{folder}: {folder.name!r} is not a label of this bundle ({_some(labels)})")
+        for file in sorted(folder.iterdir()):
+            if file.suffix.lower() in _SUFFIXES and held_out(file.relative_to(root).as_posix(), fraction):
+                examples.append((file, ids[folder.name]))
+    if not examples:
+        slice_ = "" if fraction >= 1 else f" in the held-out slice of {fraction:g}"
+        raise CalibrationError(f"{root}: no images{slice_}; expected <label>/<name>.jpg")
+    return examples if limit is None or limit >= len(examples) else _stratified(examples, limit)
+
+
+def calibrate(
+    bundle: Bundle,
+    engine: Engine,
+    images: Iterable[Example],
+    *,
+    limits: ImageLimits | None = None,
+    threads: int = 1,
+    progress: bool = False,
+) -> Frontier:
+    """Run every image through every stage, solve the frontier, and write it into the bundle. Raises as `record`."""
+    records = record(bundle, engine, images, limits=limits, threads=threads, progress=progress)
+    manifest = bundle.manifest
+    frontier = sweep(records.confidence, records.correct, manifest.stage_gmacs, key=manifest.frontier_key)
+    bundle.write_frontier(frontier)
+    return frontier
+
+
+def record(
+    bundle: Bundle,
+    engine: Engine,
+    images: Iterable[Example],
+    *,
+    limits: ImageLimits | None = None,
+    threads: int = 1,
+    progress: bool = False,
+) -> Records:
+    """What every exit says of every image, through the deployed preprocessing and engine.
+
+    `threads` batches are decoded and run at once. Raises CalibrationError for an image that cannot be read, and
+    whatever the engine raises.
+    """
+    examples = list(images)
+    if not examples:
+        raise CalibrationError("no images")
+    size = min(engine.max_batch_sizes)
+    batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+    limits = limits or ImageLimits()
+
+    def run(batch: Sequence[Example]) -> tuple[Floats, NDArray[np.bool_]]:
+        pixels = [_read(file, bundle, limits) for file, _ in batch]
+        return _every_stage(engine, pixels, np.array([label for _, label in batch]))
+
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="images") as pool,
+        tqdm(total=len(examples), unit="image", desc="images", disable=not progress, file=sys.stderr) as bar,
+    ):
+        parts = []
+        try:
+            for part in pool.map(run, batches):
+                parts.append(part)
+                bar.update(part[1].shape[1])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # one bad image: do not run the thousands behind it first
+            raise
+    return Records(
+        np.concatenate([confidence for confidence, _ in parts], axis=1),
+        np.concatenate([correct for _, correct in parts], axis=1),
+    )
+
+
+def add_command(app: typer.Typer) -> None:
+    """Register `dvt calibrate`."""
+
+    @app.command("calibrate")
+    def command(
+        bundle: Annotated[Path, typer.Argument(help="The bundle; its frontier.json is replaced.")],
+        images: Annotated[Path, typer.Argument(help="An image folder: IMAGES/<label>/<name>.jpg")],
+        held_out_fraction: Annotated[
+            float,
+            typer.Option(
+                "--held-out",
+                min=0.0,
+                max=1.0,
+                help="Take only the slice that training with the same fraction left out. 1: all, for a folder that "
+                "training never saw.",
+            ),
+        ] = 1.0,
+        limit: Annotated[
+            int | None, typer.Option(min=1, help="At most so many images, every class keeping its share.")
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    ) -> None:
+        """Solve the thresholds of BUNDLE again, on held-out IMAGES through the exported engine.
+
+        The image folder has one sub-folder per label. Calibrate on images that training did not see, and not on the
+        test set: dvt calibrate BUNDLE photo10/train --held-out 0.1
+        """
+        try:
+            frontier = _calibrate_folder(bundle, images, held_out_fraction, limit)
+        except (BundleError, CalibrationError, ServeError, ImportError) as error:
+            typer.echo(f"dvt calibrate: {error}", err=True)
+            raise typer.Exit(1) from None
+        typer.echo(_as_json(frontier) if as_json else _as_table(frontier))
+
+
+def _calibrate_folder(path: Path, images: Path, fraction: float, limit: int | None) -> Frontier:
+    # Imported where the engine is chosen: everything else here works without one.
+    from server.engines import load_engine
+    from server.settings import usable_cores
+
+    bundle = Bundle.load(path, need_frontier=False)
+    examples = read_image_folder(images, bundle.manifest.labels, fraction=fraction, limit=limit)
+    threads = usable_cores()
+    engine = load_engine(bundle)
+    try:
+        return calibrate(bundle, engine, examples, threads=threads, progress=sys.stderr.isatty())
+    finally:
+        engine.close()
+
+
+def _read(file: Path, bundle: Bundle, limits: ImageLimits) -> NDArray[np.uint8]:
+    try:
+        return decode(file.read_bytes(), None, bundle.preprocessing, limits)
+    except ServeError as error:
+        raise CalibrationError(f"{file}: {error.detail}") from error
+    except OSError as error:
+        raise CalibrationError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from error
+
+
+def _every_stage(
+    engine: Engine, pixels: Sequence[NDArray[np.uint8]], labels: NDArray[np.int64]
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Confidence (E-1, B) and correctness (E, B) at every exit, by thresholds that nobody reaches."""
+    confidence, correct = [], []
+    slots: Sequence[Slot] = ()
+    try:
+        for stage in range(1, engine.num_stages + 1):
+            last = stage == engine.num_stages
+            output = engine.run(StageBatch(stage, pixels, slots, [0.0 if last else NEVER] * len(pixels)))
+            slots = [slot for slot in output.slots if slot is not None]
+            if not last and len(slots) != len(pixels):
+                raise CalibrationError(f"stage {stage} gives a confidence above {NEVER:g}, or none at all")
+            confidence.append(output.confidence)
+            correct.append(output.probabilities.argmax(axis=1) == labels)
+    except BaseException:
+        engine.free(slots)  # a run that raises leaves the slots it was handed
+        raise
+    return np.stack(confidence[:-1]), np.stack(correct)
+
+
+def _stratified(examples: list[Example], limit: int) -> list[Example]:
+    """`limit` of the examples: each class in proportion, drawn at random with a fixed seed, order kept."""
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for at, (_, label) in enumerate(examples):
+        by_class[label].append(at)
+    rng = np.random.default_rng(_SEED)
+    # Each image gets its place, 0..1, in a shuffle of its class; the `limit` smallest places are a fair share of each.
+    places = np.empty(len(examples))
+    for members in by_class.values():
+        places[members] = (rng.permutation(len(members)) + rng.random()) / len(members)
+    return [examples[at] for at in np.sort(np.argsort(places, kind="stable")[:limit])]
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
+
+
+def _summary_rows(frontier: Frontier) -> Iterator[tuple[str, FrontierRow]]:
+    """What a reader wants of 257 rows: the best at 25, 50 and 75 % of the last exit's cost, and the knee."""
+    for share in (0.25, 0.5, 0.75):
+        if row := frontier.by_gmacs(share * frontier.stage_gmacs[-1]):
+            yield f"{share:.0%}", row
+    yield "knee", frontier.knee
+
+
+def _as_json(frontier: Frontier) -> str:
+    rows = {
+        name: {"accuracy": row.accuracy, "gmacs": row.gmacs, "thresholds": row.thresholds}
+        for name, row in _summary_rows(frontier)
+    }
+    head = {"key": frontier.key, "samples": frontier.samples, "rows": len(frontier.rows)}
+    exits = {"exit_accuracy": frontier.exit_accuracy, "stage_gmacs": frontier.stage_gmacs}
+    return json.dumps({**head, **exits, "points": rows}, indent=2)
+
+
+def _as_table(frontier: Frontier) -> str:
+    lines = [f"{frontier.samples} images, {len(frontier.rows)} operating points"]
+    for number, (accuracy, gmacs) in enumerate(zip(frontier.exit_accuracy, frontier.stage_gmacs, strict=True), start=1):
+        lines.append(f"{f'all leave at exit {number}':<40} {accuracy:7.2%} {gmacs:10.4g} GMAC")
+    for name, row in _summary_rows(frontier):
+        shown = ", ".join("never" if t == NEVER else f"{t:.4f}" for t in row.thresholds[:-1])
+        label = name if name == "knee" else f"within {name} of the last exit's cost"
+        lines.append(f"{label:<40} {row.accuracy:7.2%} {row.gmacs:10.4g} GMAC   thresholds {shown}")
+    return "\n".join(lines)

@@ -1,0 +1,225 @@
+"""`dvt serve`, and its clients `dvt classify` and `dvt budget`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from server.client import DEFAULT_URL, Client, ClientError
+from server.settings import Settings, SettingsError, read_settings
+
+Url = Annotated[
+    str, typer.Option("--url", envvar="DVT_URL", metavar="URL", help="The server to ask.", show_default=True)
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document a line, for scripts.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of the server."""
+    app.command("serve")(serve)
+    app.command("classify")(classify)
+    app.command("budget")(budget)
+
+
+def serve(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="Folder of a bundle; by default the embedded model.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.  [default: 8000]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, warm up, and exit: is all in order?")] = False,
+) -> None:
+    """Serve a bundle over HTTP.
+
+    Every setting is also an environment variable DVT_<NAME> (see docs/settings.md); an option wins over it.
+
+    \b
+    Examples:
+      dvt serve
+      dvt serve my-bundle --port 9000
+      DVT_MAX_BATCH_SIZES=16,8,4 dvt serve my-bundle --host 0.0.0.0
+      dvt serve my-bundle --dry-run
+    """
+    given = {"bundle": bundle, "host": host, "port": port}
+    try:
+        settings = read_settings({name: value for name, value in given.items() if value is not None})
+        start(settings, dry_run)
+    except SettingsError as error:
+        raise _Refused(str(error)) from None
+
+
+def start(settings: Settings, dry_run: bool) -> None:
+    """Build the server and run it. Raises SettingsError, or ClickException for a bundle that cannot be served."""
+    # Heavy: kept away from the other commands, and from --help.
+    from server import listener
+    from server.app import create_app
+    from server.bundle import EMBEDDED, Bundle
+    from server.engines import load_engine
+    from server.errors import BundleError
+
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if settings.log_level != "debug":
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it tells what we tell
+    # The address first: that it is taken should be said at once, not after the engine was loaded.
+    with contextlib.nullcontext() if dry_run else listener.bind(settings) as socket:
+        try:
+            loaded = Bundle.load(settings.bundle or EMBEDDED)
+            engine = load_engine(loaded, max_batch_sizes=settings.max_batch_sizes)
+        except BundleError as error:
+            raise _Refused(str(error)) from None
+        except ModuleNotFoundError as error:
+            raise click.ClickException(f"no engine: {error}; install one: pip install 'dvt-serve[cpu]'") from None
+        app = create_app(settings, loaded, engine)
+        manifest = loaded.manifest
+        model = f"{manifest.name} {manifest.version}: {len(manifest.stages)} exits, {len(manifest.labels)} classes"
+        if socket is None:
+            engine.warm_up()
+            engine.close()
+            click.echo(f"{model}: in order")
+            return
+        url = listener.url_of(socket)
+
+        def started() -> None:
+            click.echo(f"Serving {model}")
+            click.echo(f"Listening on {url}   (docs: {url}/docs, stop: Ctrl-C)")
+            click.echo(f"Try: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/classify")
+
+        if not listener.run(app, settings, socket, started):
+            raise click.ClickException("the server failed; the log says why")
+
+
+def classify(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, GIF or BMP files.")],
+    url: Url = DEFAULT_URL,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Predictions per image.  [default: the server's]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Classify image files with a running server.
+
+    \b
+    Examples:
+      dvt classify cat.jpg
+      dvt classify photos/*.jpg --top-k 1
+      dvt classify cat.jpg --json | jq .results[0].exit
+    """
+    if missing := next((image for image in images if not image.is_file()), None):
+        raise click.ClickException(f"{missing}: no such file")
+    try:
+        with Client(url) as client:
+            for image in images:
+                answer = client.classify(image, top_k)
+                line = json.dumps({"image": str(image), **answer}) if as_json else _describe_answer(image, answer)
+                click.echo(line)
+    except ClientError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def budget(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="TARGET", help="gmacs=N, accuracy=N or thresholds=N,N; without one, show the budget."),
+    ] = None,
+    hold: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cost|quality",
+            help="cost: thresholds follow the traffic so that the cost stays. quality: they stay.",
+        ),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Show or set the budget of a running server; a change takes effect at once.
+
+    \b
+    Examples:
+      dvt budget
+      dvt budget gmacs=0.03
+      dvt budget accuracy=0.74 --hold quality
+      dvt budget thresholds=0.9,0.7
+
+    Where the server asks for a token, DVT_CONTROL_TOKEN gives it.
+    """
+    body = None if target is None else parse_target(target)
+    if hold is not None:
+        if body is None:
+            raise click.UsageError("--hold needs a TARGET")
+        if hold not in ("cost", "quality"):
+            raise click.UsageError(f"--hold is cost or quality, not {hold}")
+        body["hold"] = hold
+    try:
+        with Client(url) as client:
+            state = client.budget() if body is None else client.set_budget(body)
+    except ClientError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(json.dumps(state) if as_json else _describe_budget(state))
+
+
+def parse_target(text: str) -> dict[str, Any]:
+    """`gmacs=0.03` as the body of PUT /budget. Raises click.UsageError."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in ("gmacs", "accuracy", "thresholds"):
+        raise click.UsageError(f"{text} is no target; give gmacs=0.03, accuracy=0.74 or thresholds=0.9,0.7")
+    try:
+        numbers = [float(number) for number in value.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{value} is not a number; for example {name}=0.5") from None
+    if name == "thresholds":
+        return {name: numbers}
+    if len(numbers) != 1:
+        raise click.UsageError(f"{name} takes one number")
+    return {name: numbers[0]}
+
+
+def _describe_answer(image: Path, answer: dict[str, Any]) -> str:
+    result = answer["results"][0]
+    ranked = ", ".join(f"{p['label']} {100 * p['probability']:.1f} %" for p in result["predictions"])
+    degraded = ", degraded" if result["degraded"] else ""
+    return (
+        f"{image}: {ranked}  (exit {result['exit']}, {result['gmacs']:g} GMAC, "
+        f"{result['timing_ms']['total']:.1f} ms{degraded})"
+    )
+
+
+def _describe_budget(state: dict[str, Any]) -> str:
+    predicted, observed, feasible = state["predicted"], state["observed"], state["feasible"]
+    target = ", ".join(f"{name}={_numbers(value)}" for name, value in state["target"].items())
+    clamped = " (clamped to the end of the frontier)" if state["clamped"] else ""
+    lines = [
+        f"version     {state['version']}",
+        f"target      {target}, hold {state['hold']}{clamped}",
+        f"thresholds  {_numbers(state['thresholds'])}",
+        f"predicted   accuracy {predicted['accuracy']:.4f}, {predicted['gmacs']:.4g} GMAC, "
+        f"exits {_percent(predicted['exit_fractions'])}",
+    ]
+    if observed["images"]:
+        latency = observed["latency_ms"]
+        lines.append(
+            f"observed    {observed['images']} images, {observed['gmacs']:.4g} GMAC, "
+            f"exits {_percent(observed['exit_fractions'])}, p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms"
+        )
+    else:
+        lines.append("observed    no images under this budget yet")
+    gmacs, accuracy = feasible["gmacs"], feasible["accuracy"]
+    lines.append(f"feasible    gmacs {gmacs[0]:.4g} to {gmacs[1]:.4g}, accuracy {accuracy[0]:.4f} to {accuracy[1]:.4f}")
+    return "\n".join(lines)
+
+
+def _numbers(value: Any) -> str:
+    return ",".join(f"{number:.4g}" for number in (value if isinstance(value, list) else [value]))
+
+
+def _percent(fractions: list[float]) -> str:
+    return "/".join(f"{100 * fraction:.0f}" for fraction in fractions) + " %"
+
+
+class _Refused(click.ClickException):
+    """The start is refused for what it was told: exit status 2, like a bad option."""
+
+    exit_code = 2

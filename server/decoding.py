@@ -1,0 +1,130 @@
+"""The threads that decode images, with a bounded line before them.
+
+A pool of our own in place of `concurrent.futures`: work that nobody waits for any more is skipped, work that is late is
+not begun, and an image costs one hand-over and one call back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from server import images
+from server.bodies import EncodedImage
+from server.bundle import Preprocessing
+from server.core import Pixels
+from server.errors import BadImage, DeadlineExceeded, ImageTooLarge, Overloaded, UnsupportedMediaType
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_Refusal = BadImage | ImageTooLarge | UnsupportedMediaType | DeadlineExceeded
+
+
+class Decoder:
+    """Owns the decoding threads and the count of images that wait for them. Full means refused."""
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        limits: images.ImageLimits,
+        threads: int,
+        max_waiting: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._preprocessing = preprocessing
+        self._limits = limits
+        self._clock = clock
+        self._most = threads + max_waiting
+        self._pending = 0  # images that wait or are being decoded
+        self._line: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # bounded by `_pending`
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"decode-{number}", daemon=True)
+            for number in range(1, threads + 1)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    async def decode(self, encoded: Sequence[EncodedImage], deadline: float) -> list[Pixels]:
+        """All images of one request, in order. Cancelling gives up those that no thread has begun.
+
+        Raises Overloaded, DeadlineExceeded where a thread was free too late, or what `images.decode` raises with
+        `index` added: that of the first bad image.
+        """
+        count = len(encoded)
+        if self._pending + count > self._most:
+            raise Overloaded("Too many images wait to be decoded", retry_after_s=1)
+        self._pending += count
+        try:
+            outcomes = [
+                self.run(self._decode, index, data, media_type, deadline)
+                for index, (data, media_type) in enumerate(encoded)
+            ]
+            decoded = [await outcomes[0]] if count == 1 else await asyncio.gather(*outcomes)
+        finally:
+            self._pending -= count
+        pixels = []
+        for outcome in decoded:
+            if isinstance(outcome, Exception):
+                raise outcome
+            pixels.append(outcome)
+        return pixels
+
+    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        """Run something that would block in one of the threads. Cancelling the future skips what was not begun."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+
+        def work() -> None:
+            if future.cancelled():
+                return
+            try:
+                result = function(*args, **kwargs)
+            except Exception as error:
+                _tell(loop, future, future.set_exception, error)
+            else:
+                _tell(loop, future, future.set_result, result)
+
+        self._line.put(work)
+        return future
+
+    async def close(self) -> None:
+        """End the threads, after what is in the line. May be called twice."""
+        for _ in self._threads:
+            self._line.put(None)
+        await asyncio.to_thread(self._join)
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            if thread.ident is not None:  # started
+                thread.join()
+
+    def _serve(self) -> None:
+        while (work := self._line.get()) is not None:
+            work()
+            del work  # an idle thread must not keep an image alive
+
+    def _decode(self, index: int, data: bytes, media_type: str | None, deadline: float) -> Pixels | _Refusal:
+        """In a thread. Hands the error back, so that the first bad image of a request is named, not the fastest."""
+        if self._clock() >= deadline:
+            return DeadlineExceeded("The deadline passed before the images were decoded")
+        try:
+            return images.decode(data, media_type, self._preprocessing, self._limits)
+        except (BadImage, ImageTooLarge, UnsupportedMediaType) as error:
+            error.extra["index"] = index
+            return error
+
+
+def _tell(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[R], settle: Callable[[Any], None], outcome: Any
+) -> None:
+    def finish() -> None:
+        if not future.done():  # cancelled meanwhile
+            settle(outcome)
+
+    loop.call_soon_threadsafe(finish)

@@ -1,0 +1,233 @@
+"""The outermost layer of the application: request ids, errors as problem documents, the record of every request.
+
+Pure ASGI, as it runs for every request. Three promises are kept here, whatever happens further in:
+
+- every answer carries `X-Request-ID`;
+- every error is an `application/problem+json` document (RFC 9457), never a stack trace;
+- a client that is refused before its body was read gets to read the answer. Closing a connection with unread bytes
+  resets it, which can destroy the answer on its way; so the answer is sent, and then the rest of the body is taken in
+  and thrown away for a short time (nginx calls it lingering close).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import re
+import secrets
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import Draining, InternalError, Overloaded, ServeError
+from server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+PROBLEM = "application/problem+json"
+LINGER_S = 2.0  # long enough for a client that reads while it sends; short enough not to be a way to hold connections
+HUNG_UP = 499  # nginx's number for a client that left; only ever seen in metrics
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}\Z")
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+_HTTP_DETAILS = {
+    404: "There is nothing at this path; GET /docs lists what there is",
+    405: "This path does not take this method",
+}
+
+
+class ClientLeft(Exception):
+    """The client hung up: nothing is to be answered."""
+
+
+class Edge:
+    """ASGI middleware. While `closing()` says that connections should wind down, answers carry `Connection: close`."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, clock: Callable[[], float], closing: Callable[[], bool]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._clock = clock
+        self._closing = closing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = self._clock()
+        request_id, body_pending = _read_headers(scope)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        status = 0
+
+        async def receive_() -> Message:
+            nonlocal body_pending
+            message = await receive()
+            if not message.get("more_body", False):
+                body_pending = False  # all of it is there, or the client is gone
+            return message
+
+        async def send_(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if body_pending or self._closing():
+                    headers.append((b"connection", b"close"))
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+            elif body_pending and not message.get("more_body", False):
+                await send({"type": "http.response.body", "body": message.get("body", b""), "more_body": True})
+                await _take_in_the_rest(receive_)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            else:
+                await send(message)
+
+        try:
+            await self._app(scope, receive_, send_)
+        except ClientLeft:
+            status = HUNG_UP
+        except asyncio.CancelledError:
+            # Cancelled from outside. When the server ends that is the drain timeout, and still answered.
+            if status or not self._closing():
+                raise
+            await problem(Draining("The server stopped before an answer"), state)(scope, receive_, send_)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if status:  # half an answer is out: only a broken connection tells the client so
+                raise
+            await problem(InternalError("The server failed; see its log under this request id"), state)(
+                scope, receive_, send_
+            )
+        finally:
+            route = scope.get("route")
+            name = getattr(route, "path", "other") if route is not None else "other"
+            self._metrics.request_finished(name, status or HUNG_UP, self._clock() - started)
+            if (code := state.get("code")) is not None:
+                self._metrics.request_refused(code)
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """The one exception handler: registered for ServeError and for Starlette's HTTPException (404, 405)."""
+    assert isinstance(error, ServeError | HTTPException)
+    return problem(error, request.scope["state"])
+
+
+def problem(error: ServeError | HTTPException, state: dict[str, Any]) -> Response:
+    """The problem document of an error."""
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        status, title, extra = error.status_code, HTTPStatus(error.status_code).phrase, {}
+        code = _HTTP_CODES.get(status, "http_error")
+        detail = error.detail if error.detail != title else _HTTP_DETAILS.get(status, title)
+        headers.update(error.headers or {})
+    else:
+        status, code, title, detail, extra = error.status, error.code, error.title, error.detail, error.extra
+        if isinstance(error, Overloaded | Draining):
+            headers["retry-after"] = str(max(1, math.ceil(extra.get("retry_after_s", 1))))
+        if status == 401:
+            headers["www-authenticate"] = "Bearer"
+    state["code"] = code
+    body = {
+        "type": f"urn:dvt-serve:problem:{code}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "request_id": state["request_id"],
+        **extra,
+    }
+    return Response(orjson.dumps(body, default=_plain), status, headers, media_type=PROBLEM)
+
+
+def _plain(value: object) -> object:
+    """orjson takes no Mapping but dict, and no Sequence but list and tuple."""
+    if hasattr(value, "items"):
+        return dict(value.items())
+    raise TypeError(type(value).__name__)
+
+
+_PROCESS = secrets.token_hex(10)
+_count = itertools.count(1)
+
+
+def new_request_id() -> str:
+    """Random for the process, counted within it: to ask the kernel for randomness every time costs far more."""
+    return f"{_PROCESS}{next(_count):012x}"
+
+
+def _read_headers(scope: Scope) -> tuple[str, bool]:
+    """The request id, taken or made, and whether a body is on its way."""
+    request_id, body = None, False
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            if _REQUEST_ID.match(value):
+                request_id = value.decode("ascii")
+        elif name == b"content-length":
+            body = value != b"0"
+        elif name == b"transfer-encoding":
+            body = True
+    return request_id or new_request_id(), body
+
+
+async def _take_in_the_rest(receive: Receive) -> None:
+    try:
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass
+    except TimeoutError:
+        pass
+
+
+class WhileConnected:
+    """`async with WhileConnected(receive): ...` ends the block with ClientLeft, at once, when the client hangs up.
+
+    The body must have been read. The block runs in the task of the request, and a second one waits for the hang-up and
+    cancels it: one task a request, where waiting for the first of two would take two.
+    """
+
+    __slots__ = ("_left", "_receive", "_task", "_watch")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._watch = asyncio.get_running_loop().create_task(self._wait())
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        self._task.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watch.cancel()
+        if self._left:
+            self._task.uncancel()
+            raise ClientLeft from None
+
+
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+def thin(endpoint: Endpoint) -> ASGIApp:
+    """The ASGI application of a route function, without what FastAPI does for functions that take parameters."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    return app

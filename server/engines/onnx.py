@@ -1,0 +1,153 @@
+"""ONNX Runtime on the CPU: one session per stage, shared by all executor threads, each run on one core.
+
+One single-threaded run per core beats one run over all cores: small matrices leave little to split, and nobody waits
+for the slowest thread. A stage is bitwise equal at every batch size, so batching never changes an answer.
+
+State between stages: what the next stage takes besides the image, copied row by row out of the batch's output when the
+row survives. A view would save that copy (1-2 % of a stage's time), but the runtime's outputs lie in its arena, and a
+single survivor would keep the whole batch's there; with copies the live state is at most slots times the size of one
+row's state. The next batch gathers its rows into one contiguous input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from server.bundle import Bundle, StageSpec, TensorSpec
+from server.core import Slot, StageBatch, StageOutput
+from server.engines.slots import SlotTable
+from server.errors import BundleError
+
+Tensor = NDArray[Any]
+State = tuple[Tensor, ...]  # one row of each tensor that the next stage takes besides the image
+
+DTYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}  # of a manifest, as the runtime calls them
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    session: ort.InferenceSession
+    inputs: Mapping[str, TensorSpec]
+    takes: tuple[str, ...]  # inputs besides the image, from the stage before
+    leaves: tuple[str, ...]  # outputs for the stage after
+
+
+class OnnxEngine:
+    """Owns the sessions and the reuse state. See `core.Engine` for the contract.
+
+    Raises BundleError, naming the file, for a stage that cannot be loaded or does not fit its manifest.
+    """
+
+    def __init__(self, bundle: Bundle, *, max_batch_sizes: Sequence[int] | None = None) -> None:
+        manifest = bundle.manifest
+        self.num_stages = len(manifest.stages)
+        self.num_classes = len(manifest.labels)
+        self.input_size = manifest.preprocessing.size
+        self.max_batch_sizes = tuple(
+            max_batch_sizes or (largest_batch_that_pays(tokens=1 + h * w) for h, w in (s.grid for s in manifest.stages))
+        )
+        if len(self.max_batch_sizes) != self.num_stages:
+            raise ValueError(f"{len(self.max_batch_sizes)} batch sizes for {self.num_stages} stages")
+        takes = [tuple(sorted(stage.inputs.keys() - {"image"})) for stage in manifest.stages]
+        self._stages = [
+            _Stage(_open(bundle.stage_path(number), stage), stage.inputs, takes[number - 1], leaves)
+            for number, (stage, leaves) in enumerate(zip(manifest.stages, [*takes[1:], ()], strict=True), start=1)
+        ]
+        self._table: SlotTable[State] = SlotTable()
+
+    @property
+    def slots_in_use(self) -> int:
+        return len(self._table)
+
+    def run(self, batch: StageBatch) -> StageOutput:
+        stage = self._stages[batch.stage - 1]
+        feeds = {"image": np.stack(batch.pixels)}  # (B, H, W, 3)
+        states = self._table.read(batch.slots)
+        for position, name in enumerate(stage.takes):
+            feeds[name] = np.stack([state[position] for state in states])
+        probabilities, confidence, *left = stage.session.run(["probabilities", "confidence", *stage.leaves], feeds)
+        survives = confidence < np.asarray(batch.thresholds)  # in double, as the thresholds are
+        kept = [tuple(tensor[row].copy() for tensor in left) if survives[row] else None for row in range(len(survives))]
+        return StageOutput(probabilities, confidence, self._table.swap(batch.slots, kept))
+
+    def free(self, slots: Sequence[Slot]) -> None:
+        self._table.free(slots)
+
+    def warm_up(self) -> None:
+        """Run every stage at its largest batch, so that the memory it needs is there, and alone."""
+        for stage, size in zip(self._stages, self.max_batch_sizes, strict=True):
+            for rows in (size, 1):
+                stage.session.run(None, {name: _zeros(spec, rows) for name, spec in stage.inputs.items()})
+
+    def close(self) -> None:
+        self._table.clear()
+        self._stages.clear()
+
+
+def largest_batch_that_pays(tokens: int) -> int:
+    """Measured on CPU, per stage: 8-16 at 50 tokens, 4-8 at 101, 2-4 at 197; beyond that the caches overflow."""
+    return 16 if tokens <= 64 else 8 if tokens <= 128 else 4
+
+
+def open_session(graph: Path | bytes) -> ort.InferenceSession:
+    """A graph, from a file or in memory, with the options that the engine runs it with.
+
+    Raises the runtime's own exceptions, which have no common base but Exception.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # the calling thread alone: the runtime starts none that could spin
+    options.inter_op_num_threads = 1
+    # Patterns plan memory per input shape, and batches come in every size. The arena stays: without patterns it stops
+    # growing once the largest batch has run, and it is no slower than malloc.
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    return ort.InferenceSession(
+        graph,
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["SkipLayerNormFusion"],  # its fused kernel is 10-20 % slower on CPU
+    )
+
+
+def _open(file: Path, spec: StageSpec) -> ort.InferenceSession:
+    try:
+        session = open_session(file)
+    except Exception as error:
+        raise BundleError(f"{file}: cannot be loaded by ONNX Runtime: {error}") from error
+    _compare(file, "input", spec.inputs, session.get_inputs(), all_named=True)
+    _compare(file, "output", spec.outputs, session.get_outputs(), all_named=False)
+    return session
+
+
+def _compare(
+    file: Path, what: str, specs: Mapping[str, TensorSpec], found: Sequence[ort.NodeArg], *, all_named: bool
+) -> None:
+    """Check tensors of the graph against the manifest; `all_named`: it must name every tensor of the graph."""
+    by_name = {tensor.name: tensor for tensor in found}
+    if missing := specs.keys() - by_name.keys():
+        raise BundleError(f"{file}: has no {what} `{min(missing)}`, the manifest names one")
+    if all_named and (extra := by_name.keys() - specs.keys()):
+        raise BundleError(f"{file}: has an {what} `{min(extra)}` that the manifest does not name")
+    for name, spec in specs.items():
+        tensor = by_name[name]
+        if tensor.type != DTYPES.get(spec.dtype) or not _same_shape(spec.shape, tensor.shape):
+            manifest = f"{spec.dtype} {list(spec.shape)}"
+            raise BundleError(f"{file}: {what} `{name}` is {tensor.type} {tensor.shape}, the manifest says {manifest}")
+
+
+def _same_shape(manifest: Sequence[int | str], graph: Sequence[int | str | None]) -> bool:
+    """A size that varies must vary in the graph; a fixed one may be unknown there, where its inference gave up."""
+    return len(manifest) == len(graph) and all(
+        not isinstance(there, int) or there == here for here, there in zip(manifest, graph, strict=True)
+    )
+
+
+def _zeros(spec: TensorSpec, rows: int) -> Tensor:
+    return np.zeros([rows if isinstance(size, str) else size for size in spec.shape], spec.dtype)

@@ -1,0 +1,120 @@
+"""The one error tree. Every class carries the HTTP status and the code of the contract; one handler maps them.
+
+ServeError
+├── BadImage 400 bad_image            ├── UnsupportedMediaType 415
+├── Unauthorized 401                  ├── InvalidRequest 422
+├── Forbidden 403                     ├── BudgetInfeasible 422
+├── RequestTimeout 408                ├── EngineFailed 500
+├── VersionMismatch 412               ├── Overloaded 503
+├── BodyTooLarge 413                  ├── Draining 503
+├── ImageTooLarge 413                 ├── StoreUnavailable 503
+├── TooManyImages 413                 ├── NotReady 503
+└── InternalError 500                 └── DeadlineExceeded 504
+
+`BundleError` stands apart: it stops the start and never reaches a client.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ServeError(Exception):
+    """Something a client is told. `detail` names the cause; `extra` are further members of the problem document."""
+
+    status: ClassVar[int]
+    code: ClassVar[str]
+    title: ClassVar[str]
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extra = extra
+
+
+class BadImage(ServeError):
+    """Raised with reason=...; the route adds index=... (which image of the request)."""
+
+    status, code, title = 400, "bad_image", "The image cannot be decoded"
+
+
+class Unauthorized(ServeError):
+    status, code, title = 401, "unauthorized", "A token is required"
+
+
+class Forbidden(ServeError):
+    status, code, title = 403, "forbidden", "The token is not accepted"
+
+
+class RequestTimeout(ServeError):
+    status, code, title = 408, "request_timeout", "The body did not arrive in time"
+
+
+class VersionMismatch(ServeError):
+    status, code, title = 412, "version_mismatch", "The budget has changed meanwhile"
+
+
+class BodyTooLarge(ServeError):
+    status, code, title = 413, "body_too_large", "The body is too large"
+
+
+class ImageTooLarge(ServeError):
+    """More pixels than allowed, or a shape that is: judged from the header, before decoding."""
+
+    status, code, title = 413, "image_too_large", "The image has too many pixels"
+
+
+class TooManyImages(ServeError):
+    status, code, title = 413, "too_many_images", "The request holds too many images"
+
+
+class UnsupportedMediaType(ServeError):
+    status, code, title = 415, "unsupported_media_type", "The media type is not supported"
+
+
+class InvalidRequest(ServeError):
+    status, code, title = 422, "invalid_request", "The request is not valid"
+
+
+class BudgetInfeasible(ServeError):
+    """Raised with feasible={"gmacs": [lo, hi], "accuracy": [lo, hi]}."""
+
+    status, code, title = 422, "budget_infeasible", "No operating point reaches this target"
+
+
+class EngineFailed(ServeError):
+    status, code, title = 500, "engine_failed", "The engine failed on this batch"
+
+
+class InternalError(ServeError):
+    """What nobody foresaw. The cause is in the log, under the request id, and nowhere else."""
+
+    status, code, title = 500, "internal_error", "The server failed"
+
+
+class Overloaded(ServeError):
+    """Raised with retry_after_s=... (sent as Retry-After)."""
+
+    status, code, title = 503, "overloaded", "The server is at capacity"
+
+
+class Draining(ServeError):
+    status, code, title = 503, "draining", "The server is shutting down"
+
+
+class StoreUnavailable(ServeError):
+    status, code, title = 503, "store_unavailable", "The budget could not be stored"
+
+
+class NotReady(ServeError):
+    """The answer of a failing probe; no other route raises it."""
+
+    status, code, title = 503, "not_ready", "The server is not ready"
+
+
+class DeadlineExceeded(ServeError):
+    status, code, title = 504, "deadline_exceeded", "The deadline passed before any exit was reached"
+
+
+class BundleError(Exception):
+    """A bundle that does not fit its manifest. The message names the file and what is wrong with it."""

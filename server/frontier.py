@@ -1,0 +1,399 @@
+"""The frontier: for every mean cost the thresholds of best accuracy, solved once from calibration records.
+
+Only numbers live here: no I/O, no clock. Legend: N calibration images, E exits, M bins of confidence per exit.
+
+Theory of operation. An image leaves at the first exit whose confidence is >= that exit's threshold, so the mean cost is
+
+    F = C1 + (C2-C1) P(c1<t1) + (C3-C2) P(c1<t1, c2<t2)
+
+with C the cumulative cost of a stage, and the accuracy has the same form with the change in correctness from exit to
+exit in place of the cost. Both are sums over a corner of the (c1, c2) plane: one histogram over the ranks of c1 and
+c2, summed up along both axes, holds the answer for every pair of thresholds at once. All (M+1)^2 pairs are sorted by
+cost; the running best is the frontier, and a budget is a look-up.
+
+Confidences are float32 and a frontier's thresholds are confidences that were seen, exactly representable in float32
+as well as in float64: it makes no difference in which of the two an engine compares, and ties fall as they did here.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FORMAT_VERSION = 1
+CRITERION = "max_probability"  # confidence: the largest softmax probability, computed in the exported graph
+NEVER = 2.0
+"""A threshold that no confidence reaches: nobody leaves at this exit."""
+
+MAX_RECORDS = 16_384  # as float32 for three exits 180 KB of frontier.json
+_MAX_PAIRS = 1 << 21  # thresholds tried at once; three exits at 1024 bins are half of this
+_Z_95 = 1.6448536269514722  # one-sided 95 % point of the normal distribution
+_NDIGITS = 9  # of costs and accuracies; 1e-9 GMAC is one MAC
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierRow:
+    """One operating point on the frontier, with what calibration says of it."""
+
+    thresholds: tuple[float, ...]  # one per exit, the last is 0.0; NEVER where nobody leaves
+    accuracy: float
+    accuracy_lower: float  # one-sided 95 % Wilson bound, for this row taken alone
+    gmacs: float  # mean per image
+    exit_fractions: tuple[float, ...]  # one per exit
+    ms: float | None = None  # mean per image; None until a latency profile exists
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Records:
+    """What calibration saw, image by image."""
+
+    confidence: NDArray[np.float32]  # (E-1, N); the last exit takes all, whatever its confidence
+    correct: NDArray[np.bool_]  # (E, N)
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Rows from cheapest to most accurate: cost and accuracy both rise strictly. The last row is the knee."""
+
+    rows: tuple[FrontierRow, ...]
+    stage_gmacs: tuple[float, ...]  # (E,) cumulative
+    samples: int  # images calibrated on
+    key: str  # what it was calibrated for, see Manifest.frontier_key
+    exit_accuracy: tuple[float, ...]  # (E,) were every image to leave there
+    records: Records = field(compare=False, repr=False)  # at most MAX_RECORDS of the samples, evenly drawn
+    criterion: str = CRITERION
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.stage_gmacs)
+
+    @property
+    def knee(self) -> FrontierRow:
+        """The most accurate row; beyond its cost, more cost buys nothing."""
+        return self.rows[-1]
+
+    def by_gmacs(self, gmacs: float) -> FrontierRow | None:
+        """The best row that costs at most `gmacs` (the knee for any above); None where even row 0 costs more."""
+        at = bisect_right(self.rows, gmacs, key=lambda row: row.gmacs)
+        return self.rows[at - 1] if at else None
+
+    def by_accuracy(self, accuracy: float) -> FrontierRow | None:
+        """The cheapest row that is at least this accurate; None where even the knee is not."""
+        at = bisect_left(self.rows, accuracy, key=lambda row: row.accuracy)
+        return self.rows[at] if at < len(self.rows) else None
+
+    def predict(self, thresholds: Sequence[float]) -> FrontierRow:
+        """What any thresholds would do on the calibration records: E of them, or E-1 (the last is 0)."""
+        return evaluate_thresholds(self.records, thresholds, self.stage_gmacs)
+
+    def to_json(self) -> str:
+        """Stable text, one row a line."""
+        head = {
+            "format_version": FORMAT_VERSION,
+            "key": self.key,
+            "criterion": self.criterion,
+            "samples": self.samples,
+            "stage_gmacs": self.stage_gmacs,
+            "exit_accuracy": self.exit_accuracy,
+        }
+        records = {
+            "count": self.records.correct.shape[1],
+            "confidence": _encode(self.records.confidence.astype("<f4").tobytes()),
+            "correct": _encode(np.packbits(self.records.correct).tobytes()),
+        }
+        lines = [f'"{name}": {_dump(value)},' for name, value in head.items()]
+        lines += ['"rows": [', ",\n".join(_dump(asdict(row)) for row in self.rows), "],"]
+        lines += [f'"records": {_dump(records)}']
+        return "{\n" + "\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Frontier:
+        """Raises ValueError, with the cause in one line, for anything but a sound frontier."""
+        try:
+            document = json.loads(text)
+            found = document["format_version"]
+            if found != FORMAT_VERSION:
+                raise ValueError(f"format version {found!r}, this server reads {FORMAT_VERSION}")
+            stage_gmacs = tuple(map(float, document["stage_gmacs"]))
+            frontier = cls(
+                rows=tuple(_parse_row(row) for row in document["rows"]),
+                stage_gmacs=stage_gmacs,
+                samples=int(document["samples"]),
+                key=str(document["key"]),
+                exit_accuracy=tuple(map(float, document["exit_accuracy"])),
+                records=_parse_records(document["records"], len(stage_gmacs)),
+                criterion=str(document["criterion"]),
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not readable as JSON ({error})") from None
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"not a frontier ({type(error).__name__}: {error})") from None
+        frontier._check()
+        return frontier
+
+    def _check(self) -> None:
+        if not self.rows:
+            raise ValueError("no rows")
+        exits = self.num_exits
+        for number, row in enumerate(self.rows):
+            numbers = (*row.thresholds, *row.exit_fractions, row.accuracy, row.accuracy_lower, row.gmacs)
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(f"row {number} holds a number that is not finite")
+            if len(row.thresholds) != exits or len(row.exit_fractions) != exits or row.thresholds[-1] != 0:
+                raise ValueError(f"row {number} does not have {exits} thresholds and fractions, the last threshold 0")
+        if not all(a.gmacs < b.gmacs and a.accuracy < b.accuracy for a, b in pairwise(self.rows)):
+            raise ValueError("rows do not rise in cost and accuracy")
+        if len(self.exit_accuracy) != exits:
+            raise ValueError(f"exit_accuracy does not have {exits} values")
+
+
+def sweep(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    stage_gmacs: Sequence[float],
+    *,
+    key: str = "",
+    bins: int = 1024,
+    max_rows: int = 257,
+) -> Frontier:
+    """Solve the whole frontier by the rank-histogram sweep (see the module's docstring).
+
+    confidence (E-1, N), correct (E, N), stage_gmacs (E,) cumulative. Thresholds are tried at `bins` quantiles of each
+    exit's confidences; with no more distinct confidences than bins the result is exact. Where more than `max_rows`
+    rows survive they are thinned evenly along the curve, ends kept. For four exits and more, bins are made fewer so
+    that the table stays in memory. Raises ValueError for shapes that do not fit.
+    """
+    costs = np.asarray(stage_gmacs, dtype=np.float64)
+    records = _records(confidence, correct, costs)
+    exits, samples = records.correct.shape
+    bins = max(1, min(bins, int(_MAX_PAIRS ** (1 / (exits - 1))) - 1))
+
+    candidates = [_candidates(row, bins) for row in records.confidence]
+    # An image of rank r stays in under candidate j exactly where r < j.
+    ranks = [np.searchsorted(c, row, side="right") - 1 for c, row in zip(candidates, records.confidence, strict=True)]
+    right = records.correct.astype(np.int64)
+    sizes = tuple(len(c) for c in candidates)  # NEVER included: nobody has that rank
+    # Tables with one axis per threshold, or 1 where it plays no part: images that reach each stage; right answers.
+    reached = [np.full((1,) * len(sizes), samples, dtype=np.int64)]
+    hits = np.full((1,) * len(sizes), right[0].sum(), dtype=np.int64)
+    flat = np.zeros(samples, dtype=np.int64)
+    for stage in range(1, exits):
+        shape = sizes[:stage]
+        flat = flat * shape[-1] + ranks[stage - 1]
+        reached.append(_below(flat, None, shape, len(sizes)))
+        hits = hits + _below(flat, right[stage] - right[stage - 1], shape, len(sizes))
+    stayed = [*reached[1:], np.zeros((1,) * len(sizes), dtype=np.int64)]
+    mean_cost = _mean_cost([a - b for a, b in zip(reached, stayed, strict=True)], samples, costs).ravel()
+
+    best = _pareto(mean_cost, hits.ravel())
+    best = best[_thin(mean_cost[best], hits.ravel()[best], max_rows)]
+    picks = np.stack(np.unravel_index(best, sizes), axis=1)
+    rows = []
+    for pick in picks:
+        left = [int(r[tuple(np.minimum(pick, np.array(r.shape) - 1))]) for r in reached] + [0]
+        counts = [a - b for a, b in pairwise(left)]
+        thresholds = (*(float(c[j]) for c, j in zip(candidates, pick, strict=True)), 0.0)
+        rows.append(_row(thresholds, counts, int(hits[tuple(pick)]), costs))
+    return Frontier(
+        rows=tuple(rows),
+        stage_gmacs=tuple(map(float, costs)),
+        samples=samples,
+        key=key,
+        exit_accuracy=tuple(round(float(a), _NDIGITS) for a in records.correct.mean(axis=1)),
+        records=_subsample(records),
+    )
+
+
+def geometric(confidence: ArrayLike, correct: ArrayLike, stage_gmacs: Sequence[float]) -> tuple[FrontierRow, ...]:
+    """MSDNet's family of thresholds, as the authors' code draws it: kept for comparison.
+
+    For p = k/20, k = 1..59, a share proportional to p, p^2, p^3, ... of all images is to leave at each exit; exit by
+    exit the threshold is the confidence of the last image that may leave, among those still in.
+    """
+    costs = np.asarray(stage_gmacs, dtype=np.float64)
+    records = _records(confidence, correct, costs)
+    exits, samples = records.correct.shape
+    rows = []
+    for k in range(1, 60):
+        shares = (k / 20) ** np.arange(1, exits + 1)
+        quota = np.floor(samples * shares / shares.sum()).astype(int)
+        inside = np.ones(samples, dtype=bool)
+        thresholds = []
+        for stage in range(exits - 1):
+            ranked = np.sort(records.confidence[stage, inside])[::-1]
+            leaving = min(int(quota[stage]), len(ranked))
+            thresholds.append(float(ranked[leaving - 1]) if leaving else NEVER)
+            inside &= records.confidence[stage] < np.float32(thresholds[-1])
+        rows.append(evaluate_thresholds(records, thresholds, costs))
+    return tuple(rows)
+
+
+def budget_area(rows: Sequence[FrontierRow], low: float, high: float) -> float:
+    """Mean accuracy over budgets from `low` to `high` GMAC: the area under the budget curve, divided by its width.
+
+    Between two rows the curve is a straight line (what mixing the two gives), beyond the last it is flat. `low` must
+    not be cheaper than the cheapest row.
+    """
+    ordered = sorted(rows, key=lambda row: (row.gmacs, row.accuracy))
+    costs = np.array([row.gmacs for row in ordered])
+    if not costs[0] <= low < high:
+        raise ValueError(f"budgets {low} to {high}: the cheapest row costs {costs[0]}")
+    best = np.maximum.accumulate([row.accuracy for row in ordered])
+    corners = np.unique(np.concatenate([[low, high], costs[(costs > low) & (costs < high)]]))
+    return float(np.trapezoid(np.interp(corners, costs, best), corners) / (high - low))
+
+
+def wilson_lower(hits: int, samples: int) -> float:
+    """One-sided 95 % lower bound on a rate (Wilson 1927): stays sound near 0 and 1, where mean - z*sigma does not."""
+    rate, z2 = hits / samples, _Z_95**2
+    spread = _Z_95 * math.sqrt(rate * (1 - rate) / samples + z2 / (4 * samples**2))
+    return max(0.0, (rate + z2 / (2 * samples) - spread) / (1 + z2 / samples))
+
+
+def _records(confidence: ArrayLike, correct: ArrayLike, costs: NDArray[np.float64]) -> Records:
+    c = np.asarray(confidence, dtype=np.float32)
+    r = np.asarray(correct, dtype=bool)
+    if costs.ndim != 1 or len(costs) < 2 or not np.all(np.isfinite(costs)) or np.any(np.diff(costs) <= 0):
+        raise ValueError("stage_gmacs must hold at least two cumulative costs that rise")
+    if r.ndim != 2 or r.shape[0] != len(costs) or c.shape != (len(costs) - 1, r.shape[1]) or r.shape[1] == 0:
+        raise ValueError(f"{len(costs)} stages, but confidence {c.shape} and correct {r.shape}")
+    if not np.all((c >= 0) & (c < NEVER)):  # also refuses NaN
+        raise ValueError("a confidence is not between 0 and 1")
+    return Records(c, r)
+
+
+def _candidates(confidence: NDArray[np.float32], bins: int) -> NDArray[np.float32]:
+    """Thresholds to try, ascending: 0 (all leave), at most `bins` - 1 of the confidences at even ranks, and NEVER."""
+    distinct = np.unique(confidence)
+    if len(distinct) > bins:
+        ordered = np.sort(confidence)
+        distinct = np.unique(ordered[np.arange(bins) * len(ordered) // bins])
+    # The smallest confidence and 0 do the same here; only 0 also does it to images that are yet to come.
+    distinct[0] = 0
+    return np.append(distinct, np.float32(NEVER))
+
+
+def _below(
+    flat: NDArray[np.int64], weights: NDArray[np.int64] | None, shape: tuple[int, ...], axes: int
+) -> NDArray[np.int64]:
+    """For every j: the sum of weights (1 where None) of the images whose ranks are all below j. Axes padded with 1s."""
+    # Whole numbers far below 2**53: exact in the float64 that bincount adds weights in.
+    table: NDArray[np.int64] = np.bincount(flat, weights, minlength=math.prod(shape)).reshape(shape).astype(np.int64)
+    for axis in range(len(shape)):
+        # Nobody has the last rank, so a roll by one turns "up to and including" into "below".
+        np.cumsum(table, axis=axis, out=table)
+        table = np.roll(table, 1, axis=axis)
+        table[(slice(None),) * axis + (0,)] = 0
+    return table.reshape(shape + (1,) * (axes - len(shape)))
+
+
+def _pareto(cost: NDArray[np.float64], hits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of the pairs that no other pair beats in cost and accuracy, from cheapest to most accurate."""
+    order = np.argsort(cost, kind="stable")
+    cost, hits = cost[order], hits[order]
+    peak = np.maximum.accumulate(hits)
+    rises = np.flatnonzero(np.concatenate([[True], hits[1:] > peak[:-1]]))
+    # Of several rises at one cost only the last, the highest, stands.
+    last = np.concatenate([cost[rises][1:] > cost[rises][:-1], [True]])
+    best: NDArray[np.int64] = order[rises[last]]
+    return best
+
+
+def _thin(cost: NDArray[np.float64], hits: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """Positions of at most `limit` rows, ends kept, with even steps along the curve.
+
+    A step is the larger of its shares of the range of cost and of accuracy, so that neither the steep cheap end nor
+    the flat dear end is left with wide gaps.
+    """
+    if len(cost) <= limit:
+        return np.arange(len(cost))
+    steps = np.maximum(np.diff(cost) / np.ptp(cost), np.diff(hits) / np.ptp(hits))
+    along = np.concatenate([[0.0], np.cumsum(steps)])
+    # searchsorted from the right: the best row at or below each mark
+    picked = np.searchsorted(along, np.linspace(0, along[-1], limit), side="right") - 1
+    picked[-1] = len(cost) - 1
+    return np.unique(picked)
+
+
+def evaluate_thresholds(records: Records, thresholds: Sequence[float], stage_gmacs: ArrayLike) -> FrontierRow:
+    """What thresholds do to recorded images: E of them, or E-1 (the last is 0). Raises ValueError for another count."""
+    exits, samples = records.correct.shape
+    if len(thresholds) not in (exits - 1, exits):
+        raise ValueError(f"{len(thresholds)} thresholds for {exits} exits")
+    inside = np.ones(samples, dtype=bool)
+    counts, hits = [], 0
+    for stage in range(exits):
+        leaves = inside.copy()
+        if stage < exits - 1:
+            # Widened: the numbers are compared as they are, neither is rounded.
+            leaves &= records.confidence[stage].astype(np.float64) >= thresholds[stage]
+        counts.append(int(leaves.sum()))
+        hits += int(records.correct[stage, leaves].sum())
+        inside &= ~leaves
+    return _row((*map(float, thresholds[: exits - 1]), 0.0), counts, hits, np.asarray(stage_gmacs, dtype=np.float64))
+
+
+def _mean_cost(counts: Sequence[ArrayLike], samples: int, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean GMAC per image, where counts[k] images leave at exit k; scalars or tables. One home, so that all agree."""
+    total = np.zeros((), dtype=np.float64)
+    for count, cost in zip(counts, costs, strict=True):
+        total = total + np.asarray(count, dtype=np.float64) * cost
+    return np.asarray(np.round(total / samples, _NDIGITS))
+
+
+def _row(thresholds: tuple[float, ...], counts: Sequence[int], hits: int, costs: NDArray[np.float64]) -> FrontierRow:
+    samples = sum(counts)
+    return FrontierRow(
+        thresholds=thresholds,
+        accuracy=round(hits / samples, _NDIGITS),
+        accuracy_lower=round(wilson_lower(hits, samples), _NDIGITS),
+        gmacs=float(_mean_cost(counts, samples, costs)),
+        exit_fractions=tuple(round(n / samples, _NDIGITS) for n in counts),
+    )
+
+
+def _subsample(records: Records) -> Records:
+    samples = records.correct.shape[1]
+    if samples <= MAX_RECORDS:
+        return records
+    kept = np.arange(MAX_RECORDS) * samples // MAX_RECORDS
+    return Records(records.confidence[:, kept], records.correct[:, kept])
+
+
+def _parse_row(row: dict[str, Any]) -> FrontierRow:
+    ms = row["ms"]
+    return FrontierRow(
+        thresholds=tuple(map(float, row["thresholds"])),
+        accuracy=float(row["accuracy"]),
+        accuracy_lower=float(row["accuracy_lower"]),
+        gmacs=float(row["gmacs"]),
+        exit_fractions=tuple(map(float, row["exit_fractions"])),
+        ms=None if ms is None else float(ms),
+    )
+
+
+def _parse_records(document: dict[str, Any], exits: int) -> Records:
+    count = int(document["count"])
+    confidence = np.frombuffer(base64.b64decode(document["confidence"], validate=True), dtype="<f4")
+    bits = np.frombuffer(base64.b64decode(document["correct"], validate=True), dtype=np.uint8)
+    if confidence.size != (exits - 1) * count or bits.size != math.ceil(exits * count / 8) or count < 1:
+        raise ValueError(f"records: sizes do not fit {count} images and {exits} exits")
+    correct = np.unpackbits(bits, count=exits * count).astype(bool)
+    return Records(confidence.astype(np.float32).reshape(exits - 1, count), correct.reshape(exits, count))
+
+
+def _encode(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)

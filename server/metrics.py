@@ -1,0 +1,233 @@
+"""Every metric of the server, in its own registry: base units (seconds), labels from closed sets.
+
+Counter pairs are chosen so that one division answers a question: mean batch fill of a stage is
+`dvt_batch_images_total / dvt_batches_total`, mean engine time per image of a stage is
+`dvt_engine_seconds_total / dvt_batch_images_total`, mean cost is `dvt_image_macs_total / dvt_images_total`.
+
+What has an owner elsewhere (queues, slots, the budget) is read from it when Prometheus asks; only events are kept here.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from server.core import ImageResult, OperatingPoint
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+REASONS = ("disconnect", "deadline", "engine_failed", "shutdown")  # of Observer.image_abandoned
+
+# From a tenth of a millisecond (a queue that is empty) to the largest sensible deadline.
+SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """Owns the registry. Implements `core.Observer`; the edge calls `request_*`."""
+
+    def __init__(self, *, model: str, version: str, release: str, stage_gmacs: Sequence[float]) -> None:
+        self.registry = CollectorRegistry()
+        stages = [str(stage) for stage in range(1, len(stage_gmacs) + 1)]
+
+        self._requests = Counter(
+            "dvt_requests",
+            "Requests answered, by route and status; 499: the client hung up.",
+            ["route", "status"],
+            registry=self.registry,
+        )
+        self._request_seconds = Histogram(
+            "dvt_request_seconds",
+            "From the end of the request's header to the end of the answer.",
+            ["route"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "dvt_refused", "Requests answered with an error, by its code.", ["code"], registry=self.registry
+        )
+        images = Counter(
+            "dvt_images",
+            "Images answered, by exit; degraded: a deadline, not a threshold, ended the cascade.",
+            ["exit", "degraded"],
+            registry=self.registry,
+        )
+        self._macs = Counter(
+            "dvt_image_macs", "Multiply-accumulates that the answered images took.", registry=self.registry
+        )
+        abandoned = Counter(
+            "dvt_images_abandoned", "Images that left without an answer.", ["reason"], registry=self.registry
+        )
+        self._decode_seconds = Histogram(
+            "dvt_decode_seconds",
+            "Decoding of one request's images, the wait for a thread included.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._queue_seconds = Histogram(
+            "dvt_queue_seconds",
+            "Time for which an answered image waited, all stages.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._compute_seconds = Histogram(
+            "dvt_compute_seconds",
+            "Wall time of the batches that an answered image took part in.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        batch_seconds = Histogram(
+            "dvt_batch_seconds", "Wall time of one batch.", ["stage"], buckets=SECONDS, registry=self.registry
+        )
+        batches = Counter("dvt_batches", "Batches run.", ["stage"], registry=self.registry)
+        batch_images = Counter("dvt_batch_images", "Images in the batches run.", ["stage"], registry=self.registry)
+        engine_seconds = Counter(
+            "dvt_engine_seconds", "Wall time spent in the engine.", ["stage"], registry=self.registry
+        )
+        abandoned_seconds = Counter(
+            "dvt_abandoned_engine_seconds",
+            "The part of dvt_engine_seconds spent on images whose client had left.",
+            ["stage"],
+            registry=self.registry,
+        )
+        ProcessCollector(registry=self.registry)
+
+        # Children are looked up once: `labels()` costs more than the increment. It also makes every series exist from
+        # the start, so that a rate over it never misses its first event.
+        self._image_children = {
+            (exit_, degraded): images.labels(str(exit_), str(degraded).lower())
+            for exit_ in range(1, len(stages) + 1)
+            for degraded in (False, True)
+        }
+        self._abandoned_children = {reason: abandoned.labels(reason) for reason in REASONS}
+        self._stage_children = {
+            int(stage): (
+                batch_seconds.labels(stage),
+                batches.labels(stage),
+                batch_images.labels(stage),
+                engine_seconds.labels(stage),
+                abandoned_seconds.labels(stage),
+            )
+            for stage in stages
+        }
+        self._stage_macs = tuple(gmacs * 1e9 for gmacs in stage_gmacs)
+        self._request_children: dict[tuple[str, int], Any] = {}
+        self._second_children: dict[str, Any] = {}
+
+        build = {"model": model, "version": version, "release": release, "python": platform.python_version()}
+        self._live = _Live(build)
+        self.registry.register(self._live)
+
+    # What the edge tells
+
+    def request_finished(self, route: str, status: int, seconds: float) -> None:
+        """`route`: the path of a route of ours, or "other"; never what the client sent."""
+        child = self._request_children.get((route, status))
+        if child is None:
+            child = self._request_children[route, status] = self._requests.labels(route, str(status))
+        child.inc()
+        histogram = self._second_children.get(route)
+        if histogram is None:
+            histogram = self._second_children[route] = self._request_seconds.labels(route)
+        histogram.observe(seconds)
+
+    def request_refused(self, code: str) -> None:
+        self._refused.labels(code).inc()
+
+    def decoded(self, seconds: float) -> None:
+        self._decode_seconds.observe(seconds)
+
+    # What the batcher tells (core.Observer)
+
+    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int) -> None:
+        histogram, batches, images, engine, lost = self._stage_children[stage]
+        histogram.observe(seconds)
+        batches.inc()
+        images.inc(size)
+        engine.inc(seconds)
+        if abandoned:
+            lost.inc(seconds * abandoned / size)
+
+    def image_finished(self, result: ImageResult) -> None:
+        self._image_children[result.exit, result.degraded].inc()
+        self._macs.inc(self._stage_macs[result.exit - 1])
+        self._queue_seconds.observe(result.queue_s)
+        self._compute_seconds.observe(result.compute_s)
+
+    def image_abandoned(self, reason: str) -> None:
+        self._abandoned_children[reason].inc()
+
+    # What is read when Prometheus asks
+
+    def watch(
+        self,
+        *,
+        queue_depths: Callable[[], Mapping[int, int]],
+        slots_in_use: Callable[[], int],
+        requests_in_flight: Callable[[], int],
+        held_bytes: Callable[[], int],
+        point: Callable[[], OperatingPoint],
+        ready: Callable[[], bool],
+    ) -> None:
+        """Say where the live figures are to be read. Called once, when the parts have been built."""
+        self._live.sources = {
+            "queue_depths": queue_depths,
+            "slots_in_use": slots_in_use,
+            "requests_in_flight": requests_in_flight,
+            "held_bytes": held_bytes,
+            "point": point,
+            "ready": ready,
+        }
+
+    def render(self) -> bytes:
+        """The text exposition format, to be sent as CONTENT_TYPE."""
+        return generate_latest(self.registry)
+
+
+class _Live(Collector):
+    """Gauges whose values other parts own."""
+
+    def __init__(self, build: Mapping[str, str]) -> None:
+        self._build = dict(build)
+        self.sources: dict[str, Callable[[], Any]] = {}
+
+    def describe(self) -> list[Metric]:
+        return list(self._families({}))
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families({name: read() for name, read in self.sources.items()})
+
+    def _families(self, now: Mapping[str, Any]) -> Iterator[Metric]:
+        build = GaugeMetricFamily("dvt_build_info", "What is served, and by what; always 1.", labels=list(self._build))
+        build.add_metric(list(self._build.values()), 1)
+        yield build
+
+        depth = GaugeMetricFamily("dvt_queue_depth", "Images that wait for a stage.", labels=["stage"])
+        for stage, images in now.get("queue_depths", {}).items():
+            depth.add_metric([str(stage)], images)
+        yield depth
+
+        thresholds = GaugeMetricFamily(
+            "dvt_threshold", "Confidence at which an image leaves, per exit.", labels=["exit"]
+        )
+        point: OperatingPoint | None = now.get("point")
+        for exit_, threshold in enumerate(point.thresholds if point else (), start=1):
+            thresholds.add_metric([str(exit_)], threshold)
+        yield thresholds
+
+        for name, help_, value in (
+            ("dvt_budget_version", "Version of the operating point in force.", point.version if point else None),
+            ("dvt_slots_in_use", "Images whose reuse state is kept between stages.", now.get("slots_in_use")),
+            ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),
+            ("dvt_held_bytes", "Bytes of request bodies in memory.", now.get("held_bytes")),
+            ("dvt_ready", "1 when the server is warmed up and not draining.", now.get("ready")),
+        ):
+            family = GaugeMetricFamily(name, help_)
+            if value is not None:
+                family.add_metric([], float(value))
+            yield family

@@ -1,0 +1,464 @@
+"""What runs next, who leaves where, who is answered: the state machine of the cascade.
+
+Decides only. No clock (`now` is an argument, monotonic seconds), no I/O, no asyncio, no threads: the caller runs the
+batches that `schedule` gives, hands their outputs to `update`, and carries out the `Outcome` of every call. Not safe
+to call from several threads.
+
+Theory of operation
+-------------------
+One queue per stage. The unit that waits is an image; the unit that is admitted, judged by one operating point and
+answered is a request. The loop is `expire -> schedule -> (engine runs) -> update`: sure images are decided, unsure
+ones queue for the next stage, where survivors of different requests share a batch.
+
+- *Policy.* `deepest_first`: run to completion with compaction. Stage s + 1 gets work only from stage s, so the deeper
+  queues drain before new images start, the live state stays small and nothing starves. It never idles while anything
+  can run, and never waits or shrinks a batch for the sake of its head. Several batches may be out at once.
+- *Live state.* A survivor holds a slot of the engine while it waits for, or runs in, a later stage. A first-stage
+  batch takes no more rows than there are free slots, since every row may survive; deeper batches need no new slot,
+  so they always can run and free some: no deadlock.
+- *One operating point per request.* Every request carries one point and all of its images are judged by that one. A
+  swap moves a live request to the new point only if the new point, had it been there from the start, would have led
+  every image to where it is now (`_adopt`); a waiting image that passes the lowered threshold of its last exit then
+  leaves at once, free. Otherwise the request finishes under the point it has.
+- *Deadlines.* At the deadline an image that has a prediction is answered with it (`degraded`), also when it runs in
+  a later stage just then. A request with an image that has none fails: a request succeeds or fails as a whole.
+- *Rows nobody waits for.* A settled request never gets another batch. Its rows that are out are ignored when they
+  come back, and their state is freed.
+
+Conservation: images admitted = answered + degraded + failed + abandoned + in flight.
+
+Costs are O(log n) per image and step. A swap looks at every live request once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Generic, TypeVar
+
+from server.core import Answer, Floats, ImageResult, OperatingPoint, Pixels, Slot, StageBatch, StageOutput
+from server.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    ServeError,
+    TooManyImages,
+)
+
+T = TypeVar("T")
+
+Policy = Callable[[Sequence[int]], int | None]
+"""Chooses a stage, from the size of the batch that each stage could start now (0: none)."""
+
+
+def deepest_first(ready: Sequence[int]) -> int | None:
+    return max((stage for stage, size in enumerate(ready, start=1) if size), default=None)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Some images with one deadline and one operating point. Settled exactly once: `answer`, `error`, or neither
+    where the client left."""
+
+    deadline: float
+    max_exit: int | None
+    min_confidence: float | None
+    point: OperatingPoint
+    thresholds: tuple[float, ...]  # those of the point, as changed by max_exit and min_confidence
+    size: int  # images
+    undecided: int
+    images: tuple[Image, ...] = ()  # until it is settled
+    running: int = 0  # images that are in a batch now
+    settled: bool = False
+    answer: Answer | None = None
+    error: ServeError | None = None
+    abandoned: str | None = None  # why there is no answer, in the words of Observer.image_abandoned
+
+
+@dataclass(slots=True, eq=False)
+class Image:
+    """One image on its way through the cascade. Belongs to the scheduler."""
+
+    request: Request
+    order: int  # of admission
+    pixels: Pixels
+    since: float  # when it came to where it is now: a queue or a batch
+    stage: int = 1  # waits for, or runs in
+    slot: Slot | None = None  # its state, while it waits for a later stage; a batch in flight holds its own
+    confidences: list[float] = field(default_factory=list)  # at the exits it has passed
+    probabilities: Floats | None = None  # (K,), at the last exit it has passed
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    result: ImageResult | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Images on their way through one stage: `run` is what the engine sees of them, row by row."""
+
+    images: tuple[Image, ...]
+    run: StageBatch
+    started: float
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step decided, for the caller to carry out."""
+
+    settled: list[Request] = field(default_factory=list)
+    freed: list[Slot] = field(default_factory=list)  # states that the engine is to free
+    ignored: int = 0  # rows of the batch that nobody waited for any more
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Images waiting and running, per stage, and the slots taken: by live survivors and by those that may be."""
+
+    waiting: tuple[int, ...]
+    running: tuple[int, ...]
+    slots: int
+    max_slots: int
+
+
+class _Ordered(Generic[T]):
+    """Items by key, smallest first, equal keys in order of arrival.
+
+    `discard` leaves a dead entry in the heap. Dead entries go when they surface, or together once they outnumber the
+    living, so the heap stays within twice the living and a discard costs O(1) amortised.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, T]] = []
+        self._live: dict[T, None] = {}
+        self._arrivals = count()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._live)
+
+    def __contains__(self, item: T) -> bool:
+        return item in self._live
+
+    def push(self, key: float, item: T) -> None:
+        self._live[item] = None
+        heapq.heappush(self._heap, (key, next(self._arrivals), item))
+
+    def first(self) -> T | None:
+        while self._heap and self._heap[0][2] not in self._live:
+            heapq.heappop(self._heap)
+        return self._heap[0][2] if self._heap else None
+
+    def pop(self) -> T:
+        item = self.first()
+        if item is None:
+            raise IndexError("nothing left")
+        heapq.heappop(self._heap)
+        del self._live[item]
+        return item
+
+    def discard(self, item: T) -> bool:
+        """True where the item was there."""
+        if item not in self._live:
+            return False
+        del self._live[item]
+        if len(self._heap) > 2 * len(self._live) + 16:  # 16: not worth the trouble below
+            self._heap = [entry for entry in self._heap if entry[2] in self._live]
+            heapq.heapify(self._heap)
+        return True
+
+
+class Scheduler:
+    """Owns all images between admission and answer. The module's docstring tells the rules.
+
+    `max_queued_images` bounds the images that wait, all stages, when a request asks to be admitted; `max_slots` those
+    that hold state.
+    """
+
+    def __init__(
+        self,
+        point: OperatingPoint,
+        *,
+        max_batch_sizes: Sequence[int],
+        max_queued_images: int,
+        max_slots: int,
+        policy: Policy = deepest_first,
+    ) -> None:
+        if min(*max_batch_sizes, max_queued_images, max_slots) < 1:
+            raise ValueError("batch sizes, queue and slots must allow at least one image")
+        self._max_batch_sizes = tuple(max_batch_sizes)
+        self._max_queued_images = max_queued_images
+        self._max_slots = max_slots
+        self._policy = policy
+        self.check(point)
+        self._point = point
+        self._queues: tuple[_Ordered[Image], ...] = tuple(_Ordered() for _ in max_batch_sizes)  # by admission
+        self._running = [0] * len(max_batch_sizes)
+        self._requests: _Ordered[Request] = _Ordered()  # all that are not settled, by deadline
+        self._orders = count()
+
+    # -- what the caller may ask
+
+    @property
+    def load(self) -> Load:
+        return Load(
+            waiting=tuple(len(queue) for queue in self._queues),
+            running=tuple(self._running),
+            slots=self._slots(),
+            max_slots=self._max_slots,
+        )
+
+    def next_deadline(self) -> float | None:
+        """When `expire` will next have something to do."""
+        request = self._requests.first()
+        return None if request is None else request.deadline
+
+    def check(self, point: OperatingPoint) -> None:
+        """Raises ValueError for a point that does not fit this cascade."""
+        if len(point.thresholds) != len(self._max_batch_sizes) or point.thresholds[-1] != 0.0:
+            raise ValueError(f"not one threshold per exit, the last 0.0: {point.thresholds}")
+
+    # -- what can happen
+
+    def admit(
+        self,
+        pixels: Sequence[Pixels],
+        now: float,
+        *,
+        deadline: float,
+        max_exit: int | None = None,
+        min_confidence: float | None = None,
+    ) -> Request:
+        """Take a request in, whole.
+
+        `max_exit` (from 1): no image goes deeper. `min_confidence` replaces every threshold but the last; such a
+        request keeps the point it came under whatever is swapped.
+
+        Raises Overloaded where the queue has no room for all of it, TooManyImages where it never will.
+        """
+        if not pixels:
+            raise InvalidRequest("a request needs at least one image")
+        if len(pixels) > self._max_queued_images:
+            raise TooManyImages(f"at most {self._max_queued_images} images fit into the queue")
+        if sum(len(queue) for queue in self._queues) + len(pixels) > self._max_queued_images:
+            raise Overloaded("the queue is full", retry_after_s=self._retry_after_s(now))
+        thresholds = _thresholds(self._point, max_exit, min_confidence)
+        size = len(pixels)
+        request = Request(deadline, max_exit, min_confidence, self._point, thresholds, size=size, undecided=size)
+        request.images = tuple(Image(request, next(self._orders), one, since=now) for one in pixels)
+        for image in request.images:
+            self._queues[0].push(image.order, image)
+        self._requests.push(deadline, request)
+        return request
+
+    def schedule(self, now: float) -> Batch | None:
+        """The batch to run next, or None where nothing can run."""
+        ready = [min(len(queue), size) for queue, size in zip(self._queues, self._max_batch_sizes, strict=True)]
+        ready[0] = min(ready[0], self._max_slots - self._slots())
+        stage = self._policy(ready)
+        if stage is None:
+            return None
+        queue = self._queues[stage - 1]
+        images = tuple(queue.pop() for _ in range(ready[stage - 1]))
+        run = StageBatch(
+            stage=stage,
+            pixels=[image.pixels for image in images],
+            slots=[image.slot for image in images if image.slot is not None],  # none has one at stage 1, all later
+            thresholds=[image.request.thresholds[stage - 1] for image in images],
+        )
+        for image in images:
+            image.slot = None
+            image.queue_s += now - image.since
+            image.since = now
+            image.request.running += 1
+        self._running[stage - 1] += len(images)
+        return Batch(images, run, started=now)
+
+    def update(self, batch: Batch, output: StageOutput, now: float) -> Outcome:
+        """Take in what a batch said: images leave or go on to the next stage."""
+        outcome = self._take_back(batch)
+        touched: dict[Request, list[Image]] = {}
+        rows = zip(batch.images, output.confidence.tolist(), output.probabilities, output.slots, strict=True)
+        for image, confidence, probabilities, slot in rows:
+            if image.request.settled:
+                if slot is not None:
+                    outcome.freed.append(slot)
+                continue
+            image.slot = slot
+            image.confidences.append(confidence)
+            image.probabilities = probabilities
+            image.compute_s += now - image.since
+            image.since = now
+            touched.setdefault(image.request, []).append(image)
+        for request, images in touched.items():
+            self._adopt(request, now, outcome)
+            for image in images:
+                # Without state it cannot go on. With state it still leaves if a lower threshold was adopted since.
+                if image.slot is None or _sure(image, request.thresholds):
+                    self._decide(image, now, outcome)
+                else:
+                    image.stage += 1
+                    self._queues[image.stage - 1].push(image.order, image)
+            self._answer_if_complete(request, outcome)
+        return outcome
+
+    def fail(self, batch: Batch, now: float) -> Outcome:
+        """The engine raised on this batch: its requests fail, nothing else does."""
+        outcome = self._take_back(batch)
+        outcome.freed.extend(batch.run.slots)
+        for image in batch.images:
+            error = EngineFailed(f"the engine failed on this batch at stage {batch.run.stage}")
+            self._fail(image.request, error, "engine_failed", now, outcome)
+        return outcome
+
+    def expire(self, now: float) -> Outcome:
+        """Settle every request whose deadline has come."""
+        outcome = Outcome()
+        while (request := self._requests.first()) is not None and request.deadline <= now:
+            error = DeadlineExceeded("the deadline passed before every image had reached an exit")
+            self._cut_short(request, error, "deadline", now, outcome)
+        return outcome
+
+    def stop(self, now: float) -> Outcome:
+        """Settle every request now, as if its deadline had come, to end the process."""
+        outcome = Outcome()
+        for request in list(self._requests):
+            self._cut_short(request, Draining("the server stopped before an answer"), "shutdown", now, outcome)
+        return outcome
+
+    def cancel(self, request: Request, now: float) -> Outcome:
+        """The client has left. Nothing happens to a request that is settled already."""
+        outcome = Outcome()
+        self._fail(request, None, "disconnect", now, outcome)
+        return outcome
+
+    def retune(self, point: OperatingPoint, now: float) -> Outcome:
+        """Set the operating point of the batches dispatched from now on, as far as requests can move to it."""
+        self.check(point)
+        self._point = point
+        outcome = Outcome()
+        for request in list(self._requests):
+            self._adopt(request, now, outcome)
+            self._answer_if_complete(request, outcome)
+        return outcome
+
+    # -- operating points
+
+    def _adopt(self, request: Request, now: float, outcome: Outcome) -> None:
+        """Move the request to the newest point if every image is where that point would have led it.
+
+        An image in a batch has an outcome under way that the new thresholds did not shape, so the request is looked
+        at again when it comes back. A request of which nothing has run always moves, so no batch starts an old point.
+        """
+        if request.point is self._point or request.min_confidence is not None:
+            return
+        if request.running or request.undecided < request.size:
+            return
+        thresholds = _thresholds(self._point, request.max_exit, None)
+        if not all(_led_here(image, thresholds) for image in request.images):
+            return
+        request.point, request.thresholds = self._point, thresholds
+        for image in request.images:
+            if image in self._queues[image.stage - 1] and _sure(image, thresholds):
+                self._decide(image, now, outcome)
+
+    # -- how images and requests end
+
+    def _take_back(self, batch: Batch) -> Outcome:
+        self._running[batch.run.stage - 1] -= len(batch.images)
+        for image in batch.images:
+            image.request.running -= 1
+        return Outcome(ignored=sum(image.request.settled for image in batch.images))
+
+    def _decide(self, image: Image, now: float, outcome: Outcome, *, degraded: bool = False) -> None:
+        self._release(image, now, outcome)
+        assert image.probabilities is not None
+        image.result = ImageResult(
+            image.probabilities,
+            exit=len(image.confidences),
+            confidence=image.confidences[-1],
+            degraded=degraded,
+            queue_s=image.queue_s,
+            compute_s=image.compute_s,
+        )
+        image.request.undecided -= 1
+
+    def _release(self, image: Image, now: float, outcome: Outcome) -> None:
+        """Take the image out of where it is. State that a batch in flight holds comes back with the batch."""
+        spent = now - image.since
+        if self._queues[image.stage - 1].discard(image):
+            image.queue_s += spent
+        else:
+            image.compute_s += spent
+        if image.slot is not None:
+            outcome.freed.append(image.slot)
+            image.slot = None
+
+    def _answer_if_complete(self, request: Request, outcome: Outcome) -> None:
+        if request.undecided == 0:
+            results = tuple(image.result for image in request.images if image.result is not None)
+            request.answer = Answer(request.point, results)
+            self._settle(request, outcome)
+
+    def _cut_short(self, request: Request, error: ServeError, reason: str, now: float, outcome: Outcome) -> None:
+        """Answer with what is known so far; fail where that is not something for every image."""
+        if not all(image.confidences for image in request.images):
+            self._fail(request, error, reason, now, outcome)
+            return
+        for image in request.images:
+            if image.result is None:
+                self._decide(image, now, outcome, degraded=True)
+        self._answer_if_complete(request, outcome)
+
+    def _fail(self, request: Request, error: ServeError | None, reason: str, now: float, outcome: Outcome) -> None:
+        if request.settled:
+            return
+        for image in request.images:
+            if image.result is None:
+                self._release(image, now, outcome)
+        request.error, request.abandoned = error, reason
+        self._settle(request, outcome)
+
+    def _settle(self, request: Request, outcome: Outcome) -> None:
+        request.settled = True
+        request.images = ()  # a cycle would keep the pixels until some garbage collection
+        self._requests.discard(request)
+        outcome.settled.append(request)
+
+    # -- bounds
+
+    def _slots(self) -> int:
+        """Slots taken: a survivor that waits has one, a row that runs has one or may come back with one."""
+        return sum(len(queue) for queue in self._queues[1:]) + sum(self._running)
+
+    def _retry_after_s(self, now: float) -> int:
+        """As long as the oldest new image has waited: a newcomer at the end of a full queue waits about that."""
+        oldest = self._queues[0].first()
+        return max(1, math.ceil(now - oldest.since)) if oldest is not None else 1
+
+
+def _thresholds(point: OperatingPoint, max_exit: int | None, min_confidence: float | None) -> tuple[float, ...]:
+    thresholds = point.thresholds
+    if min_confidence is not None:
+        thresholds = (min_confidence,) * (len(thresholds) - 1) + (0.0,)
+    return thresholds if max_exit is None else (*thresholds[: max_exit - 1], 0.0)
+
+
+def _sure(image: Image, thresholds: Sequence[float]) -> bool:
+    """Whether the last exit that the image passed lets it out."""
+    exits = len(image.confidences)
+    return exits > 0 and not image.confidences[-1] < thresholds[exits - 1]
+
+
+def _led_here(image: Image, thresholds: Sequence[float]) -> bool:
+    """Whether these thresholds, from the start, would have brought the image where it is now."""
+    below = (confidence < threshold for confidence, threshold in zip(image.confidences[:-1], thresholds, strict=False))
+    # A row that came back without state has left: the last exit must let it out under these thresholds, too.
+    can_go_on = image.slot is not None or not image.confidences
+    return all(below) and (can_go_on or _sure(image, thresholds))

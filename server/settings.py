@@ -1,0 +1,198 @@
+"""Every setting of the server, read once at the start from `DVT_*` environment variables.
+
+Nobody else touches the environment, and nothing here changes afterwards. A bad value stops the start with one line
+that names the setting. Names carry their unit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "DVT_"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used. The message is one line and names it."""
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: the smaller of its CPU affinity and its cgroup quota (v2 or v1), at least 1.
+
+    `os.cpu_count()` counts the machine's cores, which in a container is far too many.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota_v2(cgroup / "cpu.max") or _quota_v1(cgroup / "cpu")
+    return max(1, min(cores, int(quota))) if quota else max(1, cores)
+
+
+def _quota_v2(path: Path) -> float | None:
+    try:
+        quota, period = path.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    try:
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        return quota / int((folder / "cpu.cfs_period_us").read_text()) if quota > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def default_state_dir() -> Path:
+    """`$XDG_STATE_HOME/dvt-serve`, by default `~/.local/state/dvt-serve` (XDG base directory specification)."""
+    base = os.environ.get("XDG_STATE_HOME") or ""
+    # The specification says that a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "dvt-serve"
+
+
+class Settings(BaseSettings):
+    """Frozen. `DVT_<NAME>` in the environment sets `<name>`; arguments (from the command line) win over it."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    # Where it listens
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    backlog: int = Field(2048, ge=1, le=65535, description="Connections that may wait to be accepted.")
+    max_header_bytes: int = Field(
+        65536, ge=1024, description="Largest request line and headers together; more is refused."
+    )
+    header_timeout_s: float = Field(
+        10.0, gt=0, le=600, description="Time for a connection to send a complete request header."
+    )
+    keep_alive_timeout_s: float = Field(
+        75.0, gt=0, le=3600, description="Time for which an idle keep-alive connection stays open."
+    )
+
+    # What it serves
+    bundle: Path | None = Field(None, description="Folder of the bundle to serve; by default the embedded one.")
+    executors: int = Field(
+        default_factory=usable_cores,
+        ge=1,
+        le=256,
+        description="Threads that run the engine; by default one per usable core.",
+    )
+    max_batch_sizes: Annotated[tuple[int, ...] | None, NoDecode] = Field(
+        None, description="Largest batch per stage, e.g. `16,8,4`; by default what the engine says pays."
+    )
+    state_dir: Path | None = Field(
+        default_factory=default_state_dir,
+        description="Folder where the budget is kept across restarts; empty keeps it in memory only.",
+    )
+
+    # How much it takes in
+    max_queued_images: int = Field(
+        512, ge=1, description="Images that may wait for the first stage; more are refused with 503."
+    )
+    max_slots: int = Field(
+        1024, ge=1, description="Images that may be between two stages at once, their reuse state kept in memory."
+    )
+    max_requests: int = Field(
+        1024, ge=1, description="Classification requests in the server at once, from header to answer."
+    )
+    max_held_bytes: int = Field(
+        512 * 2**20, ge=1, description="Bytes of request bodies in memory at once, all requests."
+    )
+    max_images: int = Field(64, ge=1, le=4096, description="Images in one request.")
+    max_body_bytes: int = Field(32 * 2**20, ge=1, description="Largest request body.")
+    max_pixels: int = Field(
+        25_000_000, ge=1, description="Largest image in pixels, judged from its header before decoding."
+    )
+    max_aspect: float = Field(20.0, ge=1, description="Largest ratio of an image's long side to its short side.")
+    min_side: int = Field(1, ge=1, description="Smallest side of an image in pixels.")
+    decode_threads: int = Field(
+        default_factory=usable_cores,
+        ge=1,
+        le=256,
+        description="Threads that decode images; by default the usable cores.",
+    )
+    max_queued_decodes: int = Field(
+        256, ge=1, description="Images that may wait for a decoding thread; more are refused with 503."
+    )
+
+    # How long it waits
+    timeout_ms: float = Field(1000.0, gt=0, description="Time for an answer where the request names none.")
+    max_timeout_ms: float = Field(30_000.0, gt=0, description="Largest `timeout_ms` that a request may name.")
+    body_timeout_s: float = Field(30.0, gt=0, le=3600, description="Time for a request body to arrive; then 408.")
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        le=600,
+        description="After SIGTERM: not ready, but serving, for so long (a load balancer looks away).",
+    )
+    drain_timeout_s: float = Field(
+        30.0, gt=0, le=3600, description="After that: time for accepted requests to be answered."
+    )
+
+    # What it answers
+    top_k: int = Field(5, ge=1, description="Predictions per image where the request names no `top_k`.")
+    control_token_file: Path | None = Field(
+        None, description="File with a bearer token that `PUT /budget` then asks for; by default none is asked."
+    )
+    log_level: str = Field("info", description="One of `debug`, `info`, `warning`, `error`.")
+
+    @field_validator("max_batch_sizes", mode="before")
+    @classmethod
+    def _comma_list(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(value.split(",")) if value.strip() else None
+        return value
+
+    @field_validator("max_batch_sizes")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and min(value) < 1:
+            raise ValueError("every batch size must be at least 1")
+        return value
+
+    @field_validator("bundle", "state_dir", "control_token_file", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @field_validator("log_level")
+    @classmethod
+    def _known_level(cls, value: str) -> str:
+        if value.lower() not in LOG_LEVELS:
+            raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}")
+        return value.lower()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Settings:
+        for smaller, larger in (
+            ("timeout_ms", "max_timeout_ms"),
+            ("max_images", "max_queued_images"),  # else a full request could never be taken
+            ("max_images", "max_queued_decodes"),
+            ("max_body_bytes", "max_held_bytes"),
+        ):
+            low, high = getattr(self, smaller), getattr(self, larger)
+            if low > high:
+                names = f"{PREFIX}{smaller.upper()} ({low:g}), {PREFIX}{larger.upper()} ({high:g})"
+                raise ValueError(f"the first of {names} must not be above the second")
+        return self
+
+
+def read_settings(arguments: Mapping[str, Any] | None = None) -> Settings:
+    """The settings from the environment, with `arguments` on top. Raises SettingsError."""
+    try:
+        return Settings(**(arguments or {}))
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(item) for item in error.errors())) from None
+
+
+def _sentence(item: Any) -> str:
+    reason = str(item["msg"]).removeprefix("Value error, ")
+    if not item["loc"]:  # a rule between settings names them itself
+        return f"bad settings: {reason}"
+    name = str(item["loc"][0])
+    return f"bad setting {PREFIX}{name.removeprefix(PREFIX.lower()).upper()}={item['input']!r}: {reason}"

@@ -1,0 +1,127 @@
+"""The exported graphs compute what the model computes, and say so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from export.logits import bundle_logits
+from export.stage import StageGraph
+from export.verify import VerificationError, run_cascade, torch_logits, verify
+from export.write import export_checkpoint
+from model.checkpoint import CheckpointError, load_model
+from server.__main__ import build
+from server.bundle import Bundle
+from server.engines.onnx import open_session
+
+
+@pytest.fixture(scope="module")
+def parts(micro_checkpoint: Path, micro_bundle: Path):
+    model, _ = load_model(micro_checkpoint)
+    bundle = Bundle.load(micro_bundle)
+    graphs = [StageGraph(model, number) for number in (1, 2, 3)]
+    sessions = [open_session(bundle.stage_path(number)) for number in (1, 2, 3)]
+    return model, bundle, graphs, sessions
+
+
+def test_the_manifest_says_how_near_the_logits_are_and_that_batching_changes_nothing(parts):
+    _, bundle, _, _ = parts
+    parity = bundle.manifest.parity
+    assert max(parity["max_logit_difference"]) <= 1e-4
+    assert parity["batch_invariant"] is True
+
+
+def test_confidence_is_the_largest_probability_and_probabilities_are_the_softmax(parts):
+    model, _, graphs, sessions = parts
+    images = np.random.default_rng(7).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
+    for out, logits in zip(run_cascade(graphs, sessions, images), torch_logits(model, images), strict=True):
+        probabilities = torch.from_numpy(logits).softmax(1).numpy()
+        np.testing.assert_allclose(out["probabilities"], probabilities, atol=1e-5)
+        np.testing.assert_array_equal(out["confidence"], out["probabilities"].max(axis=1))
+
+
+def test_graphs_use_the_attention_operator_and_carry_no_trace_of_the_machine(parts):
+    _, bundle, _, _ = parts
+    for number in (1, 2, 3):
+        proto = onnx.load(bundle.stage_path(number))
+        assert [o.version for o in proto.opset_import if not o.domain] == [23]
+        attention = [node for node in proto.graph.node if node.op_type == "Attention"]
+        assert len(attention) == 2
+        assert not proto.graph.value_info
+        assert b".py" not in proto.SerializeToString()
+
+
+def test_a_graph_with_other_weights_is_not_passed_off_as_the_model(parts):
+    model, _, graphs, sessions = parts
+    with torch.no_grad():
+        weight = model.stages[2].head.weight
+        weight += 0.01
+        try:
+            with pytest.raises(VerificationError, match="logits differ from PyTorch"):
+                verify(model, graphs, sessions)
+        finally:
+            weight -= 0.01
+
+
+def test_an_engine_whose_rows_depend_on_their_batch_is_refused(parts):
+    model, _, graphs, sessions = parts
+
+    class Leaky:
+        """A session that lets neighbours in, a little."""
+
+        def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            size = len(feeds["image"])
+            return [value + np.float32(1e-6 * (size - 1)) for value in sessions[0].run(names, feeds)]
+
+    with pytest.raises(VerificationError, match="depends on the batch"):
+        verify(model, graphs, [Leaky(), *sessions[1:]])
+
+
+def test_a_bundle_s_logits_for_normalised_inputs_are_the_checkpoint_s(
+    micro_checkpoint: Path, micro_bundle: Path, tmp_path: Path
+):
+    x = np.random.default_rng(0).standard_normal((5, 3, 48, 48)).astype(np.float32)  # not pixels: nothing to undo
+    np.save(tmp_path / "x.npy", x)
+    results = []
+    for target in (micro_checkpoint, micro_bundle):
+        out = tmp_path / f"{target.name}.npy"
+        args = ["evaluate", str(target), "--inputs", str(tmp_path / "x.npy"), "--logits", str(out)]
+        result = CliRunner().invoke(build(), args)
+        assert result.exit_code == 0, result.output
+        results.append(np.load(out))
+    assert results[0].shape == (3, 5, 4)
+    assert results[0].dtype == np.float32
+    np.testing.assert_allclose(*results, atol=1e-4)
+
+
+def test_inputs_of_another_shape_are_refused_with_both_shapes(micro_bundle: Path):
+    with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\), the bundle takes \(B, 3, 48, 48\)"):
+        bundle_logits(Bundle.load(micro_bundle), np.zeros((2, 3, 32, 32), np.float32))
+
+
+def test_evaluate_gives_the_same_accuracy_for_a_checkpoint_and_for_its_bundle(
+    micro_checkpoint: Path, micro_bundle: Path, image_folder: Path
+):
+    reports = []
+    for target in (micro_checkpoint, micro_bundle):
+        result = CliRunner().invoke(build(), ["evaluate", str(target), str(image_folder), "--json"])
+        assert result.exit_code == 0, result.output
+        reports.append(json.loads(result.stdout))
+    assert reports[0]["images"] == reports[1]["images"] == 160
+    assert reports[0]["exit_accuracy"] == pytest.approx(reports[1]["exit_accuracy"], abs=1 / 160)
+    assert reports[0]["stage_gmacs"] == pytest.approx(reports[1]["stage_gmacs"])
+    assert set(reports[1]["points"]) >= {"75%", "knee"}
+
+
+def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, micro_checkpoint: Path, micro_bundle: Path):
+    with pytest.raises(FileExistsError):
+        export_checkpoint(micro_checkpoint, micro_bundle)
+    with pytest.raises(CheckpointError):
+        export_checkpoint(tmp_path / "missing.safetensors", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,170 @@
+"""Training learns, resumes to the same curve, and keeps its held-out slice out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import CheckpointError, load_model, load_tensors, save_model
+from model.config import variant
+from model.data import EpochSampler, TrainImages, held_out, mix, scan_image_folder, select
+from model.dvt import DVT
+from model.evaluate import exit_logits
+from model.losses import cascade_loss
+from model.train import RECIPES, Recipe, learning_rate, train
+from server.calibrate import held_out as held_out_by_the_server
+
+SHORT = replace(RECIPES["micro"], epochs=2, held_out=0.5)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_learns(micro_checkpoint: Path):
+    curve = losses(micro_checkpoint.parent)
+    assert len(curve) == 6
+    assert curve[-1] < 0.8 * curve[0]
+    last = json.loads((micro_checkpoint.parent / "metrics.jsonl").read_text().splitlines()[-1])
+    assert min(last["held_out_accuracy"]) > 0.4  # chance is 0.25
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_resumed_run_has_the_same_loss_curve_and_the_same_weights(image_folder: Path, tmp_path: Path, monkeypatch):
+    whole = train(image_folder, tmp_path / "whole", SHORT)
+
+    import model.train as module
+
+    saved = module.Run.save
+
+    def save_and_stop(self, path: Path) -> None:
+        saved(self, path)
+        raise Interrupted
+
+    monkeypatch.setattr(module.Run, "save", save_and_stop)
+    with pytest.raises(Interrupted):
+        train(image_folder, tmp_path / "parts", SHORT)
+    monkeypatch.undo()
+    parts = train(image_folder, tmp_path / "parts", SHORT, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")[1:]  # it was stopped before it noted the first
+    first, _ = load_tensors(whole)
+    second, _ = load_tensors(parts)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(image_folder: Path, micro_checkpoint: Path):
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(image_folder, micro_checkpoint.parent, SHORT)
+    with pytest.raises(CheckpointError, match="recipe differs in epochs"):
+        train(image_folder, micro_checkpoint.parent, SHORT, resume=True)
+
+
+def test_unusable_data_is_refused_with_the_folder_s_name(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(tmp_path / "nowhere", tmp_path / "out", SHORT)
+    with pytest.raises(ValueError, match="no class folders"):
+        train(tmp_path, tmp_path / "out", SHORT)
+
+
+def test_the_held_out_slice_is_kept_out_and_the_server_finds_the_same_one(image_folder: Path):
+    _, samples = scan_image_folder(image_folder)
+    kept = {s.path for s in select(image_folder, samples, 0.3, "train")}
+    out = {s.path for s in select(image_folder, samples, 0.3, "held-out")}
+    assert kept | out == {s.path for s in samples}
+    assert not kept & out
+    assert 0.15 < len(out) / len(samples) < 0.45
+    for i in range(500):
+        name = f"class/{i:05d}.jpg"
+        assert held_out(name, 0.1) == held_out_by_the_server(name, 0.1)
+
+
+def test_processes_share_out_an_epoch_without_overlap_and_draw_a_new_order_each_time():
+    parts = [EpochSampler(103, 8, seed=1, rank=rank, world=2) for rank in range(2)]
+    first = [list(part) for part in parts]
+    assert len(first[0]) == len(first[1]) == 48
+    assert not set(first[0]) & set(first[1])
+    for part in parts:
+        part.epoch = 1
+    assert [list(part) for part in parts] != first
+
+
+def test_an_image_is_augmented_alike_whatever_the_order_it_is_read_in(image_folder: Path):
+    _, samples = scan_image_folder(image_folder)
+    a, b = (TrainImages(samples, 48, 0.3, 0.2, seed=0) for _ in range(2))
+    _ = b[5]
+    assert torch.equal(a[7][0], b[7][0])
+    b.epoch = 1
+    assert not torch.equal(a[7][0], b[7][0])
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixed_images_have_the_labels_of_what_they_show(kind: str):
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16)  # image i is i everywhere
+    alphas = {"mixup": 0.0, "cutmix": 0.0, kind: 1.0}
+    mixed, targets = mix(
+        images, torch.arange(4), 4, **alphas, probability=1.0, smoothing=0.0, rng=np.random.default_rng(3)
+    )
+    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+    # The mean shade is the labels' mixture, in either way of mixing.
+    torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), targets @ torch.arange(4.0))
+
+
+def test_the_loss_is_the_plain_sum_over_exits():
+    exits = [torch.randn(5, 4) for _ in range(3)]
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    by_hand = sum(-logits.log_softmax(1)[range(5), labels].mean() for logits in exits)
+    torch.testing.assert_close(cascade_loss(exits, labels), by_hand)
+
+
+def test_the_rate_warms_up_and_falls_to_its_floor():
+    rate = learning_rate(Recipe("micro", epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1), steps_per_epoch=5)
+    assert [rate(step) for step in range(10)] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rate(50) == pytest.approx(0.1)
+    assert all(rate(step) >= rate(step + 1) for step in range(10, 50))
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path: Path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"broken\.safetensors is not a DVT checkpoint"):
+        load_model(broken)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_model(tmp_path / "missing.safetensors")
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path):
+    from model.checkpoint import save_tensors
+
+    model = DVT(variant("micro"))
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    header = {"config": model.config.to_dict()}
+    path = tmp_path / "x.safetensors"
+    head = "model.stages.0.head.bias"
+    save_tensors(path, {k: v for k, v in tensors.items() if k != head}, header)
+    with pytest.raises(CheckpointError, match=r"missing tensors: stages\.0\.head\.bias"):
+        load_model(path)
+    save_tensors(path, {**tensors, "model.extra": torch.zeros(1)}, header)
+    with pytest.raises(CheckpointError, match="unexpected tensors: extra"):
+        load_model(path)
+    save_tensors(path, {**tensors, head: torch.zeros(9)}, header)
+    with pytest.raises(CheckpointError, match=r"head\.bias has shape \(9,\), expected \(4,\)"):
+        load_model(path)
+
+
+def test_a_saved_model_comes_back_the_same(tmp_path: Path):
+    torch.manual_seed(1)
+    model = DVT(variant("micro", labels=("a", "b", "c", "d"))).eval()
+    save_model(tmp_path / "m.safetensors", model, epochs=3)
+    again, header = load_model(tmp_path / "m.safetensors")
+    assert header["epochs"] == 3
+    assert again.config == model.config
+    x = torch.randn(5, 3, 48, 48)
+    assert torch.equal(exit_logits(model, x, batch_size=2), exit_logits(again, x, batch_size=2))

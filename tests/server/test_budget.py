@@ -1,0 +1,430 @@
+"""A budget is checked, stored and swapped in as one; and it is held when traffic is not what calibration saw."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from server.budget import DEFAULT_SLACK, WINDOW, BudgetController, CostLoop, solve
+from server.core import ImageResult, OperatingPoint
+from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
+from server.frontier import Frontier, sweep
+from server.store import FileStore, MemoryStore, Policy
+
+GMACS = (0.47, 1.1, 2.31)
+NO_PROBABILITIES = np.zeros(0, dtype=np.float32)
+
+
+def traffic(samples: int, seed: int, harder: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Confidences (2, N) and correctness (3, N); `harder` shifts every image's difficulty, in sigmas."""
+    rng = np.random.default_rng(seed)
+    ease = rng.normal(size=samples) - harder
+    depth = np.arange(3)[:, None]
+    score = ease * (1.2 + 0.2 * depth) + 1 + 0.7 * depth + rng.normal(size=(3, samples)) * 0.6
+    confidence = 1 / (1 + np.exp(-score))
+    return confidence[:2].astype(np.float32), rng.random((3, samples)) < confidence
+
+
+@pytest.fixture(scope="module")
+def frontier() -> Frontier:
+    return sweep(*traffic(20_000, seed=0), GMACS, key="k")
+
+
+def result(exit: int, degraded: bool = False) -> ImageResult:
+    return ImageResult(NO_PROBABILITIES, exit, 0.9, degraded, queue_s=0.0, compute_s=0.0)
+
+
+def serve(budget: BudgetController, confidence: NDArray[np.float32], **kwargs: Any) -> NDArray[np.float64]:
+    """Let the images through the thresholds in force at their time; the cost of each."""
+    costs = []
+    for first, second in confidence.T:
+        t = budget.point.thresholds
+        exit = 1 if first >= t[0] else 2 if second >= t[1] else 3
+        budget.observe(result(exit), 0.01, **{"steered": False, **kwargs})
+        costs.append(GMACS[exit - 1])
+    return np.array(costs)
+
+
+class BrokenStore(MemoryStore):
+    """A disk that is full."""
+
+    def save(self, policy: Policy) -> None:
+        raise StoreUnavailable(f"budget {policy.version} could not be stored: no space left on device")
+
+
+class GatedStore(MemoryStore):
+    """A disk that takes its time: save waits for the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = threading.Semaphore(0)
+        self.gate = threading.Event()
+
+    def save(self, policy: Policy) -> None:
+        self.began.release()
+        assert self.gate.wait(10)
+        super().save(policy)
+
+
+async def test_a_budget_in_gmacs_takes_the_best_row_within_it(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    row = frontier.by_gmacs(1.0)
+    assert row is not None
+    state = await budget.put({"gmacs": 1.0})
+    assert asdict(state) == {
+        "version": 2,
+        "target": {"gmacs": 1.0},
+        "hold": "cost",
+        "clamped": False,
+        "thresholds": row.thresholds,
+        "predicted": {"accuracy": row.accuracy, "gmacs": row.gmacs, "exit_fractions": row.exit_fractions},
+        "observed": {
+            "images": 0,
+            "gmacs": None,
+            "exit_fractions": None,
+            "latency_ms": {"p50": None, "p99": None},
+        },
+        "feasible": {
+            "gmacs": (GMACS[0], frontier.knee.gmacs),
+            "accuracy": (frontier.rows[0].accuracy, frontier.knee.accuracy),
+        },
+    }
+    assert row.gmacs <= 1.0
+    assert budget.point == OperatingPoint(2, row.thresholds)
+
+
+async def test_a_budget_in_accuracy_takes_the_cheapest_row_that_reaches_it(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    wanted = (frontier.rows[0].accuracy + frontier.knee.accuracy) / 2
+    state = await budget.put({"accuracy": wanted}, "quality")
+    assert state.predicted.accuracy >= wanted
+    assert all(row.accuracy < wanted for row in frontier.rows if row.gmacs < state.predicted.gmacs)
+    assert state.hold == "quality"
+
+
+async def test_thresholds_are_taken_as_given_with_or_without_the_last(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    for given in ([0.92, 0.71], [0.92, 0.71, 0], [1, 2.0]):
+        state = await budget.put({"thresholds": given}, "cost")
+        assert state.thresholds == (*given[:2], 0.0)
+        assert state.target == {"thresholds": given}
+        assert state.hold == "quality", "thresholds that an operator set do not follow the traffic"
+        assert state.predicted.gmacs == frontier.predict(given).gmacs
+
+
+async def test_a_budget_above_the_knee_is_clamped_to_it_and_says_so(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    above = await budget.put({"gmacs": 50})
+    assert above.clamped
+    assert above.thresholds == frontier.knee.thresholds
+    assert not (await budget.put({"gmacs": frontier.knee.gmacs})).clamped
+    easy = await budget.put({"accuracy": 0.01})
+    assert easy.clamped
+    assert easy.thresholds == frontier.rows[0].thresholds
+
+
+@pytest.mark.parametrize("target", [{"gmacs": 0.46}, {"gmacs": -1}, {"accuracy": 0.999}, {"accuracy": 78}])
+async def test_what_cannot_be_reached_is_refused_with_the_feasible_range(
+    frontier: Frontier, target: dict[str, float]
+) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    before = budget.state()
+    with pytest.raises(BudgetInfeasible) as caught:
+        await budget.put(target)
+    assert caught.value.extra["feasible"] == {
+        "gmacs": [GMACS[0], frontier.knee.gmacs],
+        "accuracy": [frontier.rows[0].accuracy, frontier.knee.accuracy],
+    }
+    assert budget.state() == before
+
+
+@pytest.mark.parametrize(
+    ("target", "cause"),
+    [
+        ({}, "exactly one target"),
+        ({"gmacs": 1.0, "accuracy": 0.7}, "exactly one target"),
+        ({"watts": 3}, "exactly one target"),
+        ({"latency_ms": 25, "quantile": 0.99}, "latency budgets come with a later release"),
+        ({"gmacs": "1"}, "gmacs must be a number"),
+        ({"gmacs": True}, "gmacs must be a number"),
+        ({"gmacs": None}, "gmacs must be a number"),
+        ({"gmacs": float("nan")}, "finite"),
+        ({"gmacs": 10**400}, "finite"),
+        ({"accuracy": float("inf")}, "finite"),
+        ({"thresholds": 0.5}, "list of 2 numbers"),
+        ({"thresholds": [0.5]}, "list of 2 numbers"),
+        ({"thresholds": [0.5] * 4}, "list of 2 numbers"),
+        ({"thresholds": [0.5, 0.5, 0.5]}, "the last threshold must be 0"),
+        ({"thresholds": [0.5, 1.5]}, "between 0 and 1"),
+        ({"thresholds": [-0.1, 0.5]}, "between 0 and 1"),
+        ({"thresholds": ["a", 0.5]}, "must be a number"),
+    ],
+)
+def test_what_is_no_target_is_refused_with_its_cause(frontier: Frontier, target: dict[str, Any], cause: str) -> None:
+    with pytest.raises(InvalidRequest, match=cause):
+        solve(frontier, target)
+
+
+def test_hold_is_cost_or_quality(frontier: Frontier) -> None:
+    with pytest.raises(InvalidRequest, match="hold is"):
+        solve(frontier, {"gmacs": 1.0}, "tight")
+
+
+def test_until_an_operator_speaks_it_runs_just_below_the_knee_with_fixed_thresholds(frontier: Frontier) -> None:
+    state = BudgetController(frontier, MemoryStore()).state()
+    assert (state.version, state.hold, state.clamped) == (1, "quality", False)
+    assert frontier.knee.accuracy - state.predicted.accuracy <= DEFAULT_SLACK
+    assert state.predicted.gmacs < frontier.knee.gmacs
+    assert state.target == {"accuracy": state.predicted.accuracy}
+    again = solve(frontier, state.target, state.hold)
+    assert again.row.thresholds == state.thresholds, "the target shown is one that gives these thresholds"
+
+
+async def test_if_match_lets_only_the_version_it_names_be_replaced(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    assert (await budget.put({"gmacs": 1.0}, if_match=1)).version == 2
+    with pytest.raises(VersionMismatch, match="version 2, not 1"):
+        await budget.put({"gmacs": 1.5}, if_match=1)
+    assert budget.state().target == {"gmacs": 1.0}
+    assert (await budget.put({"gmacs": 1.5}, if_match="*")).version == 3
+    assert (await budget.put({"gmacs": 1.5})).version == 4
+
+
+async def test_of_two_writers_with_the_same_version_one_wins(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    outcomes = await asyncio.gather(
+        *(budget.put({"gmacs": 1.0 + 0.1 * n}, if_match=1) for n in range(5)), return_exceptions=True
+    )
+    assert sum(isinstance(outcome, VersionMismatch) for outcome in outcomes) == 4
+    assert budget.point.version == 2
+
+
+async def test_a_swap_is_told_once_it_is_stored_and_only_then(frontier: Frontier) -> None:
+    store = GatedStore()
+    told: list[OperatingPoint] = []
+    budget = BudgetController(frontier, store, told.append)
+    also: list[OperatingPoint] = []
+    budget.on_change(also.append)
+    put = asyncio.create_task(budget.put({"gmacs": 1.0}))
+    await asyncio.to_thread(store.began.acquire)
+    assert (budget.point.version, told) == (1, []), "in force before it was durable"
+    store.gate.set()
+    state = await put
+    assert told == also == [OperatingPoint(2, state.thresholds)]
+
+
+async def test_a_store_that_fails_changes_nothing(frontier: Frontier) -> None:
+    told: list[OperatingPoint] = []
+    budget = BudgetController(frontier, BrokenStore(), told.append)
+    before = budget.state()
+    with pytest.raises(StoreUnavailable, match="no space left"):
+        await budget.put({"gmacs": 1.0})
+    assert budget.state() == before
+    assert told == []
+
+
+async def test_a_client_that_hangs_up_does_not_split_the_stored_budget_from_the_live_one(frontier: Frontier) -> None:
+    store = GatedStore()
+    swapped = asyncio.Event()
+    budget = BudgetController(frontier, store, lambda _: swapped.set())
+    put = asyncio.create_task(budget.put({"gmacs": 1.0}))
+    await asyncio.to_thread(store.began.acquire)
+    put.cancel()
+    store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await put
+    await swapped.wait()
+    assert store.load() == Policy(2, {"gmacs": 1.0}, "cost")
+    assert budget.state().target == {"gmacs": 1.0}
+
+
+async def test_it_survives_a_restart(frontier: Frontier, tmp_path: Path) -> None:
+    path = tmp_path / "state" / "budget.json"
+    budget = BudgetController(frontier, FileStore(path))
+    await budget.put({"gmacs": 0.8})
+    last = await budget.put({"accuracy": 0.75}, "quality")
+    assert BudgetController(frontier, FileStore(path)).state() == last
+    assert [file.name for file in path.parent.iterdir()] == ["budget.json"], "no temporary file is left"
+
+
+async def test_what_the_cost_loop_made_of_a_target_is_not_stored(frontier: Frontier, tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    budget = BudgetController(frontier, store)
+    state = await budget.put({"gmacs": 1.0})
+    serve(budget, traffic(2000, seed=1, harder=0.5)[0])
+    assert budget.point.thresholds != state.thresholds
+    assert BudgetController(frontier, store).point.thresholds == state.thresholds
+
+
+def test_a_stored_target_is_solved_anew_on_the_frontier_of_today() -> None:
+    store = MemoryStore()
+    store.save(Policy(7, {"gmacs": 1.0}, "cost"))
+    other = sweep(*traffic(5000, seed=5, harder=1.0), GMACS)
+    assert BudgetController(other, store).point == OperatingPoint(7, solve(other, {"gmacs": 1.0}).row.thresholds)
+
+
+@pytest.mark.parametrize("target", [{"gmacs": 0.1}, {"latency_ms": 5}, {"thresholds": [0.5] * 5}, {"gmacs": "x"}])
+def test_a_stored_target_that_the_frontier_cannot_serve_gives_way_to_the_default_with_a_warning(
+    frontier: Frontier, target: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = MemoryStore()
+    store.save(Policy(7, target, "cost"))
+    with caplog.at_level(logging.WARNING):
+        budget = BudgetController(frontier, store)
+    assert "the default is used" in caplog.text
+    assert budget.state().target == BudgetController(frontier, MemoryStore()).state().target
+    assert budget.point.version == 8, "another target, another ETag"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": "1", "target": {}, "hold": "cost"}', "\xff"])
+def test_a_state_file_that_is_damaged_does_not_stop_the_start(
+    frontier: Frontier, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "budget.json"
+    path.write_text(text, encoding="latin-1")
+    with caplog.at_level(logging.WARNING):
+        budget = BudgetController(frontier, FileStore(path))
+    assert budget.point.version == 1
+    assert str(path) in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_store_that_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way of a folder")
+    store = FileStore(tmp_path / "file" / "budget.json")
+    with pytest.raises(StoreUnavailable, match="could not be stored"):
+        store.save(Policy(1, {"gmacs": 1.0}, "cost"))
+
+
+def test_a_save_that_fails_leaves_the_policy_before_it_and_no_litter(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    store.save(Policy(1, {"gmacs": 1.0}, "cost"))
+    with pytest.raises(ValueError, match="JSON"):
+        store.save(Policy(2, {"gmacs": float("nan")}, "cost"))
+    assert store.load() == Policy(1, {"gmacs": 1.0}, "cost")
+    assert [file.name for file in tmp_path.iterdir()] == ["budget.json"]
+    assert json.loads((tmp_path / "budget.json").read_text()) == {
+        "version": 1,
+        "target": {"gmacs": 1.0},
+        "hold": "cost",
+    }
+
+
+async def test_observed_is_what_the_images_of_this_budget_did(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    for number, exit in enumerate([1, 1, 2, 3] * 25, start=1):
+        budget.observe(result(exit), number / 1000, steered=exit == 3)
+    observed = budget.state().observed
+    assert observed.images == 100
+    assert observed.exit_fractions == (0.5, 0.25, 0.25)
+    assert observed.gmacs == pytest.approx((2 * GMACS[0] + GMACS[1] + GMACS[2]) / 4)
+    assert observed.latency_ms.p50 == pytest.approx(50.5)
+    assert observed.latency_ms.p99 == pytest.approx(99.01)
+    assert (await budget.put({"gmacs": 1.0})).observed.images == 0, "a new budget is judged by its own images"
+
+
+def test_observed_looks_back_over_a_bounded_window(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    for _ in range(50):
+        budget.observe(result(3), 9.0, steered=False)
+    for _ in range(WINDOW):
+        budget.observe(result(1), 0.001, steered=False)
+    observed = budget.state().observed
+    assert (observed.images, observed.gmacs, observed.exit_fractions) == (WINDOW, GMACS[0], (1, 0, 0))
+    assert observed.latency_ms.p99 == pytest.approx(1)
+
+
+@pytest.mark.parametrize("gmacs", [0.8, 1.5])
+async def test_cost_is_held_within_one_percent_while_traffic_turns_harder_and_easier(
+    frontier: Frontier, gmacs: float
+) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    row = (await budget.put({"gmacs": gmacs})).thresholds
+    on_the_frontier = {r.thresholds for r in frontier.rows}
+    left: list[OperatingPoint] = []
+    budget.on_change(lambda point: left.append(point) if point.thresholds not in on_the_frontier else None)
+    for seed, harder in enumerate([0.0, 0.5, 0.0], start=1):
+        confidence = traffic(15_000, seed=seed, harder=harder)[0]
+        # What would have happened with the thresholds left alone
+        taken = np.where(confidence[0] >= row[0], 0, np.where(confidence[1] >= row[1], 1, 2))
+        alone = np.asarray(GMACS)[taken].mean()
+        settled = serve(budget, confidence)[3000:].mean()
+        assert settled == pytest.approx(gmacs, rel=0.01)
+        if harder:
+            assert alone > 1.08 * gmacs, "the shift is one that matters"
+    assert left == []
+    assert budget.point.version == 2, "thresholds follow the traffic within one version"
+
+
+@pytest.mark.parametrize("target", [{"thresholds": [0.9, 0.8]}, {"gmacs": 1.0}, {"accuracy": 0.75}])
+async def test_quality_is_held_by_leaving_the_thresholds_alone(frontier: Frontier, target: dict[str, Any]) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    point = OperatingPoint(2, (await budget.put(target, "quality")).thresholds)
+    serve(budget, traffic(3000, seed=1, harder=1.0)[0])
+    assert budget.point == point
+
+
+@pytest.mark.parametrize("how", [{"steered": True}, {"degraded": True}])
+async def test_images_that_the_thresholds_did_not_decide_do_not_move_them(
+    frontier: Frontier, how: dict[str, bool]
+) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    before = (await budget.put({"gmacs": 1.0})).thresholds
+    for _ in range(5000):
+        budget.observe(result(1, degraded=how.get("degraded", False)), 0.01, steered=how.get("steered", False))
+    assert budget.point.thresholds == before
+    assert budget.state().observed.images == 5000
+
+
+def loop_at(frontier: Frontier, gmacs: float) -> CostLoop:
+    row = frontier.by_gmacs(gmacs)
+    assert row is not None
+    return CostLoop(frontier, gmacs, frontier.rows.index(row))
+
+
+def test_the_loop_moves_at_the_end_of_a_block_and_by_sixteen_rows_at_most(frontier: Frontier) -> None:
+    loop = loop_at(frontier, 1.0)
+    rows = [loop.row]
+    for _ in range(12 * CostLoop.BLOCK):
+        loop.observe(GMACS[2])
+        rows.append(loop.row)
+    steps = np.diff(rows)
+    moved = np.flatnonzero(steps) + 1
+    assert np.all(moved % CostLoop.BLOCK == 0)
+    assert np.abs(steps).max() == CostLoop.MAX_STEP
+    assert loop.row == 0
+
+
+def test_the_loop_stays_put_within_one_percent(frontier: Frontier) -> None:
+    loop = loop_at(frontier, 1.0)
+    assert not any(loop.observe(1.0 + 0.009 * (-1) ** n) for n in range(20 * CostLoop.BLOCK))
+    assert not any(loop.observe(1.009) for _ in range(20 * CostLoop.BLOCK))
+
+
+def test_the_loop_does_not_wind_up_while_it_is_stuck_at_an_end(frontier: Frontier) -> None:
+    def blocks_to_leave(blocks_stuck: int) -> int:
+        loop = loop_at(frontier, 1.0)
+        for _ in range(blocks_stuck * CostLoop.BLOCK):
+            loop.observe(GMACS[0])  # so easy that even the knee costs too little
+        assert loop.row == len(frontier.rows) - 1
+        for block in range(1, 100):
+            for _ in range(CostLoop.BLOCK):
+                loop.observe(GMACS[2])
+            if loop.row < len(frontier.rows) - 1:
+                return block
+        pytest.fail("never left the end")
+
+    assert blocks_to_leave(1000) == blocks_to_leave(40) <= 5
+
+
+def test_a_clamped_budget_rests_at_the_knee(frontier: Frontier) -> None:
+    loop = loop_at(frontier, 50.0)
+    assert not any(loop.observe(GMACS[2]) for _ in range(50 * CostLoop.BLOCK))

@@ -1,0 +1,169 @@
+"""The command line: help that teaches, errors of one line, exit status 0, 1 or 2."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from server.__main__ import add, build, main
+from server.commands import parse_target
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def dvt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`dvt("serve", "--help")` gives the exit status, what was printed, and what was complained about."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dvt", *arguments])
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["classify"], ["budget"]])
+def test_help_explains_and_shows_examples(dvt: Run, command: list[str]) -> None:
+    status, out, _ = dvt(*command, "--help")
+    assert status == 0
+    assert f"dvt {command[0] if command else 'serve'}" in out
+
+
+def test_all_commands_of_the_server_are_there(dvt: Run) -> None:
+    _, out, _ = dvt("--help")
+    for command in ("serve", "classify", "budget"):
+        assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "cause"),
+    [
+        (["classify", "no-such.jpg"], 1, "no-such.jpg: no such file"),
+        (["budget", "--url", "http://127.0.0.1:1"], 1, "no server answers at http://127.0.0.1:1"),
+        (["budget", "--url", "nonsense"], 1, "nonsense"),
+        (["budget", "fast"], 2, "fast is no target"),
+        (["budget", "gmacs=x"], 2, "x is not a number"),
+        (["budget", "gmacs=1,2"], 2, "one number"),
+        (["budget", "--hold", "cost"], 2, "--hold needs a TARGET"),
+        (["budget", "gmacs=1", "--hold", "x"], 2, "cost or quality"),
+        (["serve", "no-such-folder", "--port", "0"], 2, "no-such-folder: no such folder"),
+        (["serve", "--port", "70000"], 2, "DVT_PORT"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(dvt: Run, arguments: list[str], status: int, cause: str) -> None:
+    code, out, err = dvt(*arguments)
+    assert (code, out) == (status, "")
+    assert cause in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["serve", "--port", "x"], ["nonsense"], ["classify"], ["classify", "--nonsense"]]
+)
+def test_what_is_no_command_line_is_status_2(dvt: Run, arguments: list[str]) -> None:
+    status, _, err = dvt(*arguments)
+    assert status == 2
+    assert "Error: " in err
+    assert "Traceback" not in err
+
+
+def test_a_bad_setting_stops_the_start_by_name(dvt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVT_MAX_PIXELS", "many")
+    status, _, err = dvt("serve")
+    assert status == 2
+    assert "DVT_MAX_PIXELS='many'" in err
+    assert err.count("\n") == 1
+
+
+def test_targets_are_read_as_they_are_written() -> None:
+    assert parse_target("gmacs=0.03") == {"gmacs": 0.03}
+    assert parse_target("accuracy=0.74") == {"accuracy": 0.74}
+    assert parse_target("thresholds=0.9,0.7") == {"thresholds": [0.9, 0.7]}
+    with pytest.raises(click.UsageError):
+        parse_target("latency_ms=25")
+
+
+async def test_classify_and_budget_ask_a_running_server(
+    listening: Any, dvt: Run, photo: Callable[..., bytes], tmp_path: Path
+) -> None:
+    cat, dog, broken = tmp_path / "cat.png", tmp_path / "dog.png", tmp_path / "broken.png"
+    cat.write_bytes(photo(255, klass=3))
+    dog.write_bytes(photo(10, 255, klass=5))
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n")
+    async with listening() as here:
+        url = ("--url", f"http://127.0.0.1:{here.port}")
+
+        async def ask(*arguments: str) -> tuple[int, str, str]:
+            return await asyncio.to_thread(dvt, *arguments, *url)
+
+        status, out, err = await ask("classify", str(cat), str(dog), "--top-k", "1")
+        assert (status, err) == (0, "")
+        assert [line.split("  (")[0] for line in out.splitlines()] == [
+            f"{cat}: label3 100.0 %",
+            f"{dog}: label5 100.0 %",
+        ]
+        assert "exit 2, 0.03 GMAC" in out
+
+        status, out, _ = await ask("classify", str(cat), str(dog), "--json")
+        documents = [json.loads(line) for line in out.splitlines()]
+        assert [document["image"] for document in documents] == [str(cat), str(dog)]
+        assert [document["results"][0]["exit"] for document in documents] == [1, 2]
+
+        status, out, err = await ask("classify", str(broken))
+        assert (status, out) == (1, "")
+        assert f"{broken}: " in err
+        assert "bad_image" in err
+
+        status, out, _ = await ask("budget", "thresholds=0.2,0.3", "--json")
+        assert json.loads(out)["thresholds"] == [0.2, 0.3, 0.0]
+        status, out, _ = await ask("budget")
+        assert "thresholds  0.2,0.3,0" in out
+        assert "no images under this budget yet" in out
+        await ask("classify", str(cat))
+        assert "observed    1 images" in (await ask("budget"))[1]
+
+        status, _, err = await ask("budget", "gmacs=0.000001")
+        assert status == 1
+        assert "budget_infeasible; feasible: {'gmacs'" in err
+
+
+def test_without_torch_and_onnx_the_command_still_explains_itself() -> None:
+    """In a process of its own, where those cannot be imported."""
+    script = (
+        "import sys; sys.modules.update({'torch': None, 'onnx': None, 'onnxruntime': None});"
+        "from server.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "serve" in done.stdout
+
+
+def test_a_package_that_cannot_be_imported_shows_and_says_what_to_install() -> None:
+    app = build()
+    add(app, EntryPoint("distil", "no_such_library.commands:register", "dvt.commands"))
+    assert "distil" in CliRunner().invoke(app, ["--help"]).output
+    with pytest.raises(click.ClickException, match=r"needs no_such_library: pip install 'dvt-serve\[export\]'"):
+        CliRunner().invoke(app, ["distil", "anything", "--at", "all"], catch_exceptions=False)
+
+
+def test_other_packages_bring_commands_by_entry_point() -> None:
+    app = typer.Typer(rich_markup_mode=None)
+    app.callback()(lambda: None)
+    add(app, EntryPoint("mine", "server.commands:register", "dvt.commands"))
+    assert "classify" in CliRunner().invoke(app, ["--help"]).output

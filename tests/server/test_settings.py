@@ -1,0 +1,105 @@
+"""Settings come from the environment, are frozen, and a bad one stops the start by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from server.settings import Settings, SettingsError, read_settings, usable_cores
+
+
+def test_the_environment_sets_what_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVT_PORT", "9000")
+    monkeypatch.setenv("DVT_HOST", "0.0.0.0")
+    settings = read_settings({"host": "127.0.0.1"})
+    assert (settings.host, settings.port) == ("127.0.0.1", 9000)
+
+
+def test_nothing_changes_after_the_start() -> None:
+    with pytest.raises(ValidationError):
+        read_settings().port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DVT_PORT", "x"),
+        ("DVT_PORT", "70000"),
+        ("DVT_MAX_IMAGES", "0"),
+        ("DVT_TIMEOUT_MS", "-1"),
+        ("DVT_MAX_BATCH_SIZES", "8,x"),
+        ("DVT_MAX_BATCH_SIZES", "8,0,4"),
+        ("DVT_LOG_LEVEL", "loud"),
+        ("DVT_HOST", ""),
+    ],
+)
+def test_a_bad_value_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        read_settings()
+    assert f"{name}=" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_bad_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVT_PORT", "x")
+    monkeypatch.setenv("DVT_TOP_K", "0")
+    with pytest.raises(SettingsError, match=r"DVT_PORT=.*DVT_TOP_K="):
+        read_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("DVT_TIMEOUT_MS", "50000", "DVT_MAX_TIMEOUT_MS"),
+        ("DVT_MAX_IMAGES", "1000", "DVT_MAX_QUEUED_IMAGES"),
+        ("DVT_MAX_BODY_BYTES", "1000000000", "DVT_MAX_HELD_BYTES"),
+    ],
+)
+def test_two_that_do_not_fit_together_are_both_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, other: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"{name}.*{other}"):
+        read_settings()
+
+
+def test_batch_sizes_are_a_list_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVT_MAX_BATCH_SIZES", "16, 8,4")
+    assert read_settings().max_batch_sizes == (16, 8, 4)
+    monkeypatch.setenv("DVT_MAX_BATCH_SIZES", "")
+    assert read_settings().max_batch_sizes is None
+
+
+def test_state_goes_where_the_user_keeps_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert read_settings().state_dir == tmp_path / "dvt-serve"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert read_settings().state_dir == Path.home() / ".local" / "state" / "dvt-serve"
+    monkeypatch.setenv("DVT_STATE_DIR", "")
+    assert read_settings().state_dir is None
+
+
+def test_cores_are_those_that_may_be_used(tmp_path: Path) -> None:
+    free = usable_cores(tmp_path)  # no quota there
+    assert free >= 1
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    assert usable_cores(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert usable_cores(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert usable_cores(tmp_path) == free
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
+    assert usable_cores(tmp_path) == 1
+
+
+def test_every_name_with_a_unit_says_it() -> None:
+    units = {"_s", "_ms", "_bytes"}
+    for name in Settings.model_fields:
+        if "timeout" in name or "delay" in name or "body" in name or "header" in name:
+            assert any(name.endswith(unit) for unit in units), name
