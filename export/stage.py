@@ -32,6 +32,20 @@ def onnx_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: 
     return mixed, logits
 
 
+class BatchInvariantHead(nn.Module):
+    """A linear head whose rows do not depend on the batch: on a batch of one, a matrix product of one row, engines take
+    a matrix-vector routine that adds in another order. Here every image is two equal rows, of which one is kept."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, K)."""
+        logits: Tensor = self.head(x.unsqueeze(1).expand(-1, 2, -1))  # (B, 2, K)
+        return logits[:, 0]
+
+
 class TensorShape(NamedTuple):
     dtype: str
     shape: tuple[int | str, ...]
@@ -50,6 +64,7 @@ class StageGraph(nn.Module):
         self.config = model.config
         self.number = number
         self.stage = copy.deepcopy(stage).cpu().float().eval()
+        self.stage.head = BatchInvariantHead(self.stage.head)  # type: ignore[assignment]
         for module in self.stage.modules():
             if isinstance(module, Attention):
                 module.attend = onnx_attention

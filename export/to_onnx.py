@@ -54,15 +54,19 @@ def _name_normalized(graph: onnx.GraphProto) -> None:
     """Give the tensor that leaves the normalisation its name: image -> Cast -> Transpose -> Mul -> Add -> this."""
     name = IMAGE
     for operator in ("Cast", "Transpose", "Mul", "Add"):
-        (node,) = (node for node in graph.node if name in node.input)
-        if node.op_type != operator:
-            raise RuntimeError(f"the exporter turned the normalisation's {operator} into {node.op_type}")
-        name = node.output[0]
+        found = [node for node in graph.node if name in node.input and node.op_type != "Shape"]
+        if [node.op_type for node in found] != [operator]:
+            raise RuntimeError(f"expected the normalisation's {operator} after {name}, found {found}")
+        name = found[0].output[0]
     for node in graph.node:
-        for names in (node.input, node.output):
-            for i, found in enumerate(names):
-                if found == name:
-                    names[i] = NORMALIZED
+        _rename(node, name, NORMALIZED)
+
+
+def _rename(node: onnx.NodeProto, old: str, new: str) -> None:
+    for names in (node.input, node.output):
+        for i, name in enumerate(names):
+            if name == old:
+                names[i] = new
 
 
 def normalized_input(path: Path) -> onnx.ModelProto:
@@ -76,6 +80,8 @@ def normalized_input(path: Path) -> onnx.ModelProto:
     graph.input.extend([pixels, *state])
     dead = {IMAGE}  # what only the normalisation computed
     for node in list(graph.node):
+        if node.op_type == "Shape":  # asks for the batch, which both have
+            _rename(node, IMAGE, NORMALIZED)
         if dead & set(node.input):
             graph.node.remove(node)
             if NORMALIZED in node.output:

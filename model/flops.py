@@ -7,9 +7,9 @@ same count as "FLOPs".
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 
 from model.dvt import DVT
 
@@ -25,8 +25,11 @@ def cumulative_macs(model: DVT) -> list[int]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        analysis = FlopCountAnalysis(model, torch.zeros(1, 3, size, size, device=device))
-        per_module = analysis.by_module()
+        with warnings.catch_warnings():  # it is built on TorchScript, which PyTorch calls deprecated at every turn
+            warnings.simplefilter("ignore")
+            from fvcore.nn import FlopCountAnalysis
+
+            per_module = FlopCountAnalysis(model, torch.zeros(1, 3, size, size, device=device)).by_module()
         stages = [int(per_module[f"stages.{i}"]) for i in range(model.config.num_stages)]
     finally:
         logger.setLevel(level)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -57,7 +56,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "micro": Recipe(variant="micro", epochs=2, warmup_epochs=0, batch_size=16, ema_decay=0.9, held_out=0.2),
-    # The embedded model. A few dozen epochs ask for mild augmentation: mild crops and colours, half of the batches mixed.
+    # The embedded model. Thirty epochs ask for little augmentation: mild crops and colours, every other batch mixed.
     "photo10": Recipe(
         variant="photo10",
         epochs=30,
@@ -98,7 +97,7 @@ class Processes:
 
 
 def learning_rate(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """Factor on the peak rate at a step: linear warm-up, then a cosine down to min_lr."""
+    """Factor on the peak rate at a step (from 0): linear warm-up, then a cosine down to min_lr."""
     warmup, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
     floor = recipe.min_lr / recipe.lr
 
@@ -132,7 +131,8 @@ class Run:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr, fused=True)
-        self.schedule = LambdaLR(self.optimizer, learning_rate(recipe, steps_per_epoch))
+        self.rate = learning_rate(recipe, steps_per_epoch)
+        self.steps = 0
         self.forward: nn.Module = nn.parallel.DistributedDataParallel(self.model) if processes.world > 1 else self.model
         self.epoch = 0
         self.normalize = Normalize(config.mean, config.std, processes.device)
@@ -145,11 +145,13 @@ class Run:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             exits = self.forward(images)
         loss = cascade_loss(exits, targets)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * self.rate(self.steps)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
-        self.schedule.step()
+        self.steps += 1
         self.average.update_parameters(self.model)
         return loss.detach()
 
@@ -162,7 +164,7 @@ class Run:
             "config": self.model.config.to_dict(),
             "recipe": asdict(self.recipe),
             "epoch": self.epoch,
-            "step": self.schedule.last_epoch,
+            "step": self.steps,
             "averaged": int(self.average.n_averaged),
         }
         save_tensors(path, tensors, header)
@@ -184,8 +186,7 @@ class Run:
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.average.n_averaged.fill_(header["averaged"])
         self.epoch = header["epoch"]
-        self.schedule.last_epoch = header["step"] - 1
-        self.schedule.step()
+        self.steps = header["step"]
 
 
 def train(data: Path, out: Path, recipe: Recipe, resume: bool = False, num_workers: int = 0) -> Path:
@@ -239,7 +240,7 @@ def train(data: Path, out: Path, recipe: Recipe, resume: bool = False, num_worke
             record: dict[str, Any] = {
                 "epoch": run.epoch,
                 "loss": float(total) / len(loader),
-                "lr": run.schedule.get_last_lr()[0],
+                "lr": run.optimizer.param_groups[0]["lr"],
                 "seconds": round(time.perf_counter() - started, 1),
             }
             if watched:

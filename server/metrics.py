@@ -13,12 +13,21 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from server.core import ImageResult, OperatingPoint
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time beside every series would make half of each scrape
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

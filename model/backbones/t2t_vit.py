@@ -13,6 +13,12 @@ TOKEN_DIM = 64  # width inside the T2T module
 FEATURES = 32  # random features of the performer
 NORM_EPS = 1e-5
 
+# The performer's guard is 1e-8 in its denominator. Numerator and denominator are both computed times this power of two,
+# which changes no bit of the quotient: as a plain "+ 1e-8" the ONNX exporter's optimiser takes the guard for "+ 0" and
+# drops it, and 0/0 follows where all random features underflow.
+SCALE = 2.0**27
+GUARD = 1e-8 * SCALE
+
 # First soft split at 224 pixels, as published: grid -> (kernel, stride, padding).
 _PUBLISHED = {7: (14, 8, 3), 10: (11, 6, 5), 14: (7, 4, 2)}
 
@@ -32,7 +38,7 @@ def soft_split_geometry(size: int, grid: int) -> tuple[int, int, int]:
 
 class TokenPerformer(nn.Module):
     """Linear attention by random features (Choromanski et al., 2021), then an MLP. Runs in fp32 throughout: its
-    1e-8 guard is zero in fp16."""
+    guard is zero in fp16."""
 
     def __init__(self, in_dim: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -55,9 +61,10 @@ class TokenPerformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in_dim) -> (B, T, 64)."""
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)  # in this order
-        kf, qf = self._features(k), self._features(q)  # (B, T, m)
-        # Summed along the last axis: there, engines add in an order that does not depend on the batch.
-        denominator = qf @ kf.transpose(1, 2).sum(dim=-1, keepdim=True) + 1e-8  # (B, T, 1)
+        kf, qf = self._features(k), self._features(q) * SCALE  # (B, T, m)
+        # Summed along the last axis of a matrix: there, engines add in an order that does not depend on the batch.
+        total = kf.transpose(1, 2).flatten(0, 1).sum(dim=-1).view(-1, FEATURES, 1)  # (B, m, 1)
+        denominator = qf @ total + GUARD  # (B, T, 1)
         summary = v.transpose(1, 2) @ kf  # (B, 64, m)
         y = (qf @ summary.transpose(1, 2)) / denominator  # (B, T, 64)
         y = v + self.dropout(self.proj(y))  # the residual is V, not the input

@@ -28,10 +28,10 @@ def losses(run: Path) -> list[float]:
 
 def test_training_learns(micro_checkpoint: Path):
     curve = losses(micro_checkpoint.parent)
-    assert len(curve) == 6
+    assert len(curve) == 8
     assert curve[-1] < 0.8 * curve[0]
     last = json.loads((micro_checkpoint.parent / "metrics.jsonl").read_text().splitlines()[-1])
-    assert min(last["held_out_accuracy"]) > 0.4  # chance is 0.25
+    assert min(last["held_out_accuracy"]) > 0.5  # chance is 0.25
 
 
 class Interrupted(Exception):
