@@ -13,13 +13,13 @@ While one runs the other sleeps; what CPU it takes all the same is reported. The
 
 from __future__ import annotations
 
-import argparse, process_cpu_seconds
+import argparse
 import sys
 from collections.abc import Sequence
 from statistics import median
 
 from benchmarks import wrk
-from benchmarks.harness import Options, Report, Server, Window, finish, load_bundle, parse
+from benchmarks.harness import Options, Report, Server, Window, finish, load_bundle, parse, process_cpu_seconds
 from benchmarks.offline import RawProcess, RawRun, know_bundle, thresholds_for
 from benchmarks.photos import photos
 

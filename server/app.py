@@ -123,7 +123,7 @@ class Service:
         After the body was read, not before: so that a refused client keeps its connection, and does not add the cost
         of a new one to the load.
         """
-        if self.batcher.load.waiting[0] >= self.settings.max_queued_images:
+        if sum(self.batcher.load.waiting) >= self.settings.max_queued_images:
             raise Overloaded("The queue is full", retry_after_s=1)
 
     def note_budget(self, state: BudgetState, client: object, request_id: str) -> None:

@@ -13,16 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from server.bundle import Bundle
 from server.core import Engine, Floats, Slot, StageBatch
-from server.errors import BundleError, ServeError
+from server.errors import ServeError
 from server.frontier import NEVER, Frontier, FrontierRow, Records, sweep
 from server.images import ImageLimits, decode
 
@@ -128,42 +126,8 @@ def record(
     )
 
 
-def add_command(app: typer.Typer) -> None:
-    """Register `dvt calibrate`."""
-
-    @app.command("calibrate")
-    def command(
-        bundle: Annotated[Path, typer.Argument(help="The bundle; its frontier.json is replaced.")],
-        images: Annotated[Path, typer.Argument(help="An image folder: IMAGES/<label>/<name>.jpg")],
-        held_out_fraction: Annotated[
-            float,
-            typer.Option(
-                "--held-out",
-                min=0.0,
-                max=1.0,
-                help="Take only the slice that training with the same fraction left out. 1: all, for a folder that "
-                "training never saw.",
-            ),
-        ] = 1.0,
-        limit: Annotated[
-            int | None, typer.Option(min=1, help="At most so many images, every class keeping its share.")
-        ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    ) -> None:
-        """Solve the thresholds of BUNDLE again, on held-out IMAGES through the exported engine.
-
-        The image folder has one sub-folder per label. Calibrate on images that training did not see, and not on the
-        test set: dvt calibrate BUNDLE photo10/train --held-out 0.1
-        """
-        try:
-            frontier = _calibrate_folder(bundle, images, held_out_fraction, limit)
-        except (BundleError, CalibrationError, ServeError, ImportError) as error:
-            typer.echo(f"dvt calibrate: {error}", err=True)
-            raise typer.Exit(1) from None
-        typer.echo(_as_json(frontier) if as_json else _as_table(frontier))
-
-
-def _calibrate_folder(path: Path, images: Path, fraction: float, limit: int | None) -> Frontier:
+def calibrate_folder(path: Path, images: Path, fraction: float, limit: int | None) -> Frontier:
+    """`dvt calibrate`: the bundle at `path` on the image folder `images`. Raises BundleError and CalibrationError."""
     # Imported where the engine is chosen: everything else here works without one.
     from server.engines import load_engine
     from server.settings import usable_cores
@@ -233,7 +197,7 @@ def _summary_rows(frontier: Frontier) -> Iterator[tuple[str, FrontierRow]]:
     yield "knee", frontier.knee
 
 
-def _as_json(frontier: Frontier) -> str:
+def as_json(frontier: Frontier) -> str:
     rows = {
         name: {"accuracy": row.accuracy, "gmacs": row.gmacs, "thresholds": row.thresholds}
         for name, row in _summary_rows(frontier)
@@ -243,7 +207,7 @@ def _as_json(frontier: Frontier) -> str:
     return json.dumps({**head, **exits, "points": rows}, indent=2)
 
 
-def _as_table(frontier: Frontier) -> str:
+def as_table(frontier: Frontier) -> str:
     lines = [f"{frontier.samples} images, {len(frontier.rows)} operating points"]
     for number, (accuracy, gmacs) in enumerate(zip(frontier.exit_accuracy, frontier.stage_gmacs, strict=True), start=1):
         lines.append(f"{f'all leave at exit {number}':<40} {accuracy:7.2%} {gmacs:10.4g} GMAC")

@@ -23,6 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document a line, fo
 def register(app: typer.Typer) -> None:
     """Add the commands of the server."""
     app.command("serve")(serve)
+    app.command("calibrate")(calibrate)
     app.command("classify")(classify)
     app.command("budget")(budget)
 
@@ -92,6 +93,38 @@ def start(settings: Settings, dry_run: bool) -> None:
 
         if not listener.run(app, settings, socket, started):
             raise click.ClickException("the server failed; the log says why")
+
+
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle; its frontier.json is replaced.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="An image folder: IMAGES/<label>/<file>.")],
+    held_out: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Take only the slice that training with the same fraction left out; 1 takes all."
+        ),
+    ] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, every class by its share.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")] = False,
+) -> None:
+    """Solve the thresholds of BUNDLE on labelled images, through its exported engine.
+
+    Use images that training did not see, and not those that you will report figures on.
+
+    \b
+    Examples:
+      dvt calibrate bundles/photo10 photo10/train --held-out 0.08
+      dvt calibrate bundles/photo10 fresh-photos --limit 5000
+    """
+    # Heavy, as above.
+    from server import calibrate as calibration
+    from server.errors import BundleError, ServeError
+
+    try:
+        frontier = calibration.calibrate_folder(bundle, images, held_out, limit)
+    except (BundleError, calibration.CalibrationError, ServeError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(calibration.as_json(frontier) if as_json else calibration.as_table(frontier))
 
 
 def classify(

@@ -92,10 +92,10 @@ class Settings(BaseSettings):
 
     # How much it takes in
     max_queued_images: int = Field(
-        512, ge=1, description="Images that may wait for the first stage; more are refused with 503."
+        512, ge=1, description="Images that may wait, all stages; more are refused with 503."
     )
     max_slots: int = Field(
-        1024, ge=1, description="Images that may be between two stages at once, their reuse state kept in memory."
+        256, ge=1, description="Images that may be between two stages at once, their reuse state kept in memory."
     )
     max_requests: int = Field(
         1024, ge=1, description="Classification requests in the server at once, from header to answer."

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from server.__main__ import build
 from server.bundle import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
-from server.calibrate import CalibrationError, add_command, calibrate, held_out, read_image_folder
+from server.calibrate import CalibrationError, calibrate, held_out, read_image_folder
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
 from server.frontier import NEVER
@@ -180,9 +180,7 @@ def test_the_rule_of_the_held_out_slice_is_fixed_for_ever() -> None:
 
 
 def test_the_command_tells_a_users_mistake_in_one_line(tmp_path: Path, bundle: Bundle) -> None:
-    app = typer.Typer()
-    app.callback()(lambda: None)  # so that `calibrate` stays a sub-command
-    add_command(app)
+    app = build()
     runner = CliRunner()
     for arguments, cause in (
         ([tmp_path / "nowhere", tmp_path], "no such folder"),
@@ -191,7 +189,7 @@ def test_the_command_tells_a_users_mistake_in_one_line(tmp_path: Path, bundle: B
     ):
         answer = runner.invoke(app, ["calibrate", *map(str, arguments)])
         assert answer.exit_code == 1
-        assert answer.stderr.startswith("dvt calibrate: ")
+        assert answer.stderr.startswith("Error: ")
         assert cause in answer.stderr
         assert answer.stderr.count("\n") == 1
     assert runner.invoke(app, ["calibrate", "x", "y", "--held-out", "2"]).exit_code == 2
