@@ -110,11 +110,9 @@ def test_a_performer_whose_features_all_underflow_gives_zeros_and_no_nan():
     performer = TokenPerformer(12).eval()
     with torch.no_grad():
         performer.kqv.weight.mul_(1e4)  # |x|^2/2 far beyond what exp can take
-    k, q, v = performer.kqv(performer.norm1(torch.randn(1, 9, 12))).split(64, dim=-1)
+    _, q, _ = performer.kqv(performer.norm1(torch.randn(1, 9, 12))).split(64, dim=-1)
     assert not performer._features(q).any()
-    y = v + performer.proj(torch.zeros_like(v))
     assert performer(torch.randn(1, 9, 12)).isfinite().all()
-    assert y.isfinite().all()
 
 
 def test_random_features_are_orthogonal_rows_of_length_sqrt_m_and_frozen():
