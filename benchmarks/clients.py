@@ -15,6 +15,8 @@ from typing import Any
 
 from benchmarks.harness import HOST
 
+BOUNDARY = b"3f7c0d8e5b1a4926"
+
 
 def classify(body: bytes, content_type: str = "image/jpeg", query: str = "", close: bool = False) -> bytes:
     """The bytes of a whole request."""
@@ -26,6 +28,13 @@ def classify(body: bytes, content_type: str = "image/jpeg", query: str = "", clo
         *(["Connection: close"] if close else []),
     ]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def classify_many(files: Sequence[bytes]) -> bytes:
+    """One request with several JPEGs, as a form."""
+    parts = [b'Content-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + file for file in files]
+    body = b"".join(b"--" + BOUNDARY + b"\r\n" + part + b"\r\n" for part in parts) + b"--" + BOUNDARY + b"--\r\n"
+    return classify(body, f"multipart/form-data; boundary={BOUNDARY.decode()}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,7 @@ class Line:
 class Asked:
     """One request of a load: the answer, or why there is none."""
 
-    image: int  # which of the requests
+    request: int  # which of the load's requests
     began: float
     ended: float
     reply: Reply | None
@@ -159,14 +168,14 @@ class Load:
     def _run(self) -> None:
         line = Line(self._port)
         while (number := self._next()) is not None:
-            image = number % len(self._requests)
+            which = number % len(self._requests)
             began = time.monotonic()
             reply, error = None, ""
             try:
-                reply = line.ask(self._requests[image])
+                reply = line.ask(self._requests[which])
             except OSError as cause:
                 error = f"{type(cause).__name__}: {cause}"
-            asked = Asked(image, began, time.monotonic(), reply, error)
+            asked = Asked(which, began, time.monotonic(), reply, error)
             with self._change:
                 self.asked.append(asked)
                 self._change.notify_all()

@@ -31,6 +31,7 @@ from benchmarks.photos import photos
 
 LISTEN = "0A"  # of the state column
 POLL_S = 0.001
+AFTER_503_S = 0.05  # less patient than Retry-After asks for, so that many requests meet the closing socket
 MOMENT_S = 0.05  # a reset takes no time on loopback; the client's threads may need some to see it
 
 
@@ -108,6 +109,8 @@ class Crowd:
             with self._change:
                 self.sent.append(sent)
                 self._change.notify_all()
+            if status == 503:
+                time.sleep(AFTER_503_S)
         line.close()
 
 
@@ -144,6 +147,15 @@ class Watch:
         return False
 
 
+def judge(sent: Sent, listened_until: float, closed_by: float) -> str:
+    """One of `answered`, `in_backlog` (see the module's docstring), `late`, and `unanswered`, which must not be."""
+    if sent.status:
+        return "answered"
+    if sent.new and listened_until <= sent.ended <= closed_by + MOMENT_S:
+        return "in_backlog"
+    return "late" if sent.at > listened_until else "unanswered"
+
+
 @dataclass(frozen=True)
 class Trial:
     answers: Counter[int]  # by status, all
@@ -169,22 +181,16 @@ def trial(bundle: Path, files: Sequence[bytes], thresholds: Sequence[float], opt
         took_s = time.monotonic() - signalled
         crowd.join(STOP_S)
         watch.stop()
-    unanswered, late, in_backlog = [], 0, 0
-    for sent in crowd.sent:
-        if sent.status:
-            continue
-        if sent.new and watch.listened_until <= sent.ended <= watch.closed_by + MOMENT_S:
-            in_backlog += 1
-        elif sent.at > watch.listened_until:
-            late += 1
-        else:
-            unanswered.append(f"{sent.error}, {sent.ended - signalled:+.3f} s from SIGTERM")
+    kinds = [(judge(sent, watch.listened_until, watch.closed_by), sent) for sent in crowd.sent]
+    number = Counter(kind for kind, _ in kinds)
     return Trial(
         answers=Counter(sent.status for sent in crowd.sent if sent.status),
         after_signal=Counter(sent.status for sent in crowd.sent if sent.status and sent.at > signalled),
-        unanswered=unanswered,
-        late=late,
-        in_backlog=in_backlog,
+        unanswered=[
+            f"{s.error}, {s.ended - signalled:+.3f} s from SIGTERM" for kind, s in kinds if kind == "unanswered"
+        ],
+        late=number["late"],
+        in_backlog=number["in_backlog"],
         not_sent=crowd.not_sent,
         exit_status=exit_status,
         took_s=took_s,

@@ -3,6 +3,7 @@
 Every answer names the version of the budget that it was judged by. Which exit an image leaves at under any thresholds
 is known beforehand, from the same engine without a server: it is bitwise deterministic. So each answer is checked: its
 exit is the first one whose confidence reaches the threshold of the version it names, and its confidence is that exit's.
+Every other request carries several images, whose answers must all follow from the one version.
 
     taskset -c 0,1 python -m benchmarks.swaps --bundle build/t2t-vit-12 --out
 """
@@ -17,13 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-from benchmarks.clients import Asked, Line, Load, classify
+from benchmarks.clients import Asked, Line, Load, classify, classify_many
 from benchmarks.harness import Options, Report, Server, finish, load_bundle, parse, quantile_ms
 from benchmarks.offline import Known, know_bundle, thresholds_for
 from benchmarks.photos import photos
 
 # Far apart, so that most images leave elsewhere after a swap.
 MIXES = ((0.45, 0.30, 0.25), (0.05, 0.15, 0.80), (0.80, 0.15, 0.05), (0.20, 0.60, 0.20), (0.60, 0.05, 0.35))
+TOGETHER = 4  # images in every other request
 TARGET_PUT_MS = 5.0
 
 
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--swaps", type=int, default=100, help="(default %(default)s)")
     parser.add_argument("--clients", type=int, default=32, help="connections (default %(default)s)")
-    parser.add_argument("--answers", type=int, default=16, help="answers between two swaps (default %(default)s)")
+    parser.add_argument("--answers", type=int, default=12, help="answers between two swaps (default %(default)s)")
 
 
 def measure(options: Options) -> Report:
@@ -52,7 +54,12 @@ def measure(options: Options) -> Report:
         by_version[state["version"]] = state["thresholds"]
         line = Line(server.port)
         limit = options.swaps * options.answers + 2 * options.clients
-        with Load(server.port, [classify(file) for file in files], options.clients, limit) as load:
+        groups = group(len(files))
+        requests = [
+            classify_many([files[image] for image in images]) if len(images) > 1 else classify(files[images[0]])
+            for images in groups
+        ]
+        with Load(server.port, requests, options.clients, limit) as load:
             load.wait_for(options.clients)  # the load is there
             for number, thresholds in zip(range(1, options.swaps + 1), cycle(targets), strict=False):
                 began = time.monotonic()
@@ -67,7 +74,7 @@ def measure(options: Options) -> Report:
             load.join()
         line.close()
         after = server.settled()
-    mixed = list(check(load.asked, known, by_version))
+    mixed = list(check(load.asked, groups, known, by_version))
     answers = [asked for asked in load.asked if asked.ok]
     versions = {asked.reply.json()["budget_version"] for asked in answers if asked.reply}
     report.add("swaps", str(len(put_s)), swaps=len(put_s))
@@ -89,23 +96,31 @@ def measure(options: Options) -> Report:
     return report
 
 
-def check(asked: Sequence[Asked], known: Known, by_version: Mapping[int, Sequence[float]]) -> Iterator[str]:
-    """Every answer that does not follow from the version that it names, in words."""
+def group(images: int) -> list[list[int]]:
+    """The images of each request: one and several in turn."""
+    return [[(n + k) % images for k in range(1 if n % 2 == 0 else TOGETHER)] for n in range(images)]
+
+
+def check(
+    asked: Sequence[Asked], groups: Sequence[Sequence[int]], known: Known, by_version: Mapping[int, Sequence[float]]
+) -> Iterator[str]:
+    """Every image's answer that does not follow from the version that the request's answer names, in words."""
     for one in asked:
         if one.reply is None or one.reply.status != 200:
             continue
         answer: dict[str, Any] = one.reply.json()
-        version, result = answer["budget_version"], answer["results"][0]
+        version = answer["budget_version"]
         if version not in by_version:
-            yield f"image {one.image}: version {version} was never set"
+            yield f"version {version} was never set"
             continue
-        expected = known.exit_at(one.image, by_version[version])
-        confidence = round(float(known.confidence[expected - 1, one.image]), 6)  # as the answer rounds it
-        if (result["exit"], result["confidence"], result["degraded"]) != (expected, confidence, False):
-            yield (
-                f"image {one.image}: exit {result['exit']} at {result['confidence']} under version {version}, "
-                f"which leads to exit {expected} at {confidence}"
-            )
+        for image, result in zip(groups[one.request], answer["results"], strict=True):
+            expected = known.exit_at(image, by_version[version])
+            confidence = round(float(known.confidence[expected - 1, image]), 6)  # as the answer rounds it
+            if (result["exit"], result["confidence"], result["degraded"]) != (expected, confidence, False):
+                yield (
+                    f"image {image}: exit {result['exit']} at {result['confidence']} under version {version}, "
+                    f"which leads to exit {expected} at {confidence}"
+                )
 
 
 def _put(thresholds: Sequence[float]) -> bytes:

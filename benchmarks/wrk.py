@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -15,7 +16,7 @@ from benchmarks.harness import HOST, Server, Snapshot, Window, process_cpu_secon
 
 SCRIPT = Path(__file__).with_name("post.lua")
 SETTLE_S = 2.0  # from an empty server to a steady state, before anything is counted
-TAIL_S = 0.5  # the load goes on until after the last reading
+TAIL_S = 0.3  # the load goes on until after the last reading
 GIVE_UP_S = 60.0
 
 
@@ -60,7 +61,7 @@ class Driver:
 
     def load(self, server: Server, clients: int, seconds: float, settle_s: float = SETTLE_S) -> Loaded:
         """Keep `clients` keep-alive connections busy; look at `seconds` of it, once it is steady."""
-        duration = max(1, round(settle_s + seconds + TAIL_S + 0.5))  # wrk takes whole seconds
+        duration = math.ceil(settle_s + seconds + TAIL_S)  # wrk takes whole seconds
         process = subprocess.Popen(
             [
                 *(self._command, "-t", "1", "-c", str(clients), "-d", f"{duration}s", "--timeout", "30s"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,4 +104,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.load(root, need_frontier=False).write_frontier(frontier)
 
 
-Measure = Callable[..., dict[str, Any]]
+@pytest.fixture
+def run(bundle: Bundle, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`run("swaps", "--swaps", "5")` runs the benchmark on the small bundle; its file of results."""
+
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        benchmark = importlib.import_module(f"benchmarks.{name}")
+        status = benchmark.main(["--bundle", str(bundle.path), "--images", "8", "--out", str(tmp_path), *arguments])
+        results: dict[str, Any] = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (status == 0) == (not results["broken"])
+        return results
+
+    return run

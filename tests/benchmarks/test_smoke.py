@@ -1,0 +1,90 @@
+"""Every benchmark runs, in small, and finds the server's promises kept. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., dict[str, Any]]
+
+with_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed (apt-get install wrk)")
+
+
+@with_wrk
+def test_throughput_compares_the_server_with_the_raw_loop(run: Run) -> None:
+    results = run("throughput", "--rounds", "1", "--seconds", "0.4", "--settle", "0.2", "--clients", "4")
+    assert results["broken"] == []
+    figures = results["figures"]
+    assert len(figures["ratios"]) == 1
+    assert figures["ratio_median"] > 0
+    assert figures["fill_stage1"] >= 1
+    assert sum(figures["mix"]) == pytest.approx(1)
+    assert sum(figures["raw_mix"]) == pytest.approx(1)
+
+
+@with_wrk
+def test_host_cpu_is_split_by_thread(run: Run) -> None:
+    results = run("host_cpu", "--seconds", "0.4", "--settle", "0.2", "--clients", "4")
+    assert results["broken"] == []
+    by_thread = results["figures"]["cpu_us_by_thread"]
+    assert all(by_thread[group] > 0 for group in ("loop", "executor", "decode"))
+
+
+def test_a_lone_request_is_compared_with_the_bare_engine(run: Run) -> None:
+    results = run("latency", "--requests", "20")
+    assert results["broken"] == []
+    assert results["figures"]["requests"] == 20
+
+
+def test_swaps_fail_no_request_and_mix_no_thresholds(run: Run) -> None:
+    results = run("swaps", "--swaps", "10", "--clients", "4", "--answers", "4")
+    assert results["broken"] == []
+    figures = results["figures"]
+    assert figures["swaps"] == 10
+    assert figures["answers"] >= 40
+    assert figures["telling"] > 0, "no image would have told a mixed answer"
+
+
+def test_clients_that_hang_up_leave_nothing_behind(run: Run) -> None:
+    results = run("hangups", "--hangups", "20", "--at-once", "4", "--clients", "2", "--alone", "10")
+    assert results["broken"] == []
+    assert results["figures"]["before_answer"] + results["figures"]["after_answer"] == 20
+
+
+def test_sigterm_leaves_no_accepted_request_unanswered(run: Run) -> None:
+    results = run("drain", "--trials", "1", "--clients", "6", "--answers", "20")
+    assert results["broken"] == []
+    assert results["figures"]["answers"]["200"] > 0
+
+
+def test_hostile_files_get_what_their_manifest_expects(run: Run, tmp_path: Path) -> None:
+    from benchmarks.photos import photo
+
+    folder = tmp_path / "files"
+    (folder / "broken").mkdir(parents=True)
+    (folder / "good.jpg").write_bytes(photo(0))
+    (folder / "broken" / "cut.jpg").write_bytes(photo(0)[:2000])
+    (folder / "broken" / "text.bin").write_bytes(b"no image")
+    manifest = folder / "MANIFEST.csv"
+    manifest.write_text("path,expect\ngood.jpg,decode\nbroken/cut.jpg,clean 4xx\nbroken/text.bin,clean 415/422\n")
+    results = run("hostile", "--alone", "5", str(folder), "--manifest", str(manifest))
+    assert results["broken"] == []
+    assert results["figures"]["statuses"]["decode"] == {"200": 1}
+    assert results["figures"]["files"] == 3
+
+
+def test_a_bundle_that_is_there_is_only_looked_at(run: Run) -> None:
+    results = run("build_bundle")
+    assert sum(results["figures"]["mix"]) == pytest.approx(1)
+
+
+def test_results_tell_machine_versions_and_command_but_no_path(run: Run, tmp_path: Path) -> None:
+    results = run("build_bundle")
+    assert results["command"].startswith("python -m benchmarks.build_bundle --bundle bundle")
+    assert str(tmp_path.parent) not in str(results)
+    assert results["versions"]["python"]
+    assert results["machine"]["usable_cores"] >= 1
