@@ -10,6 +10,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from server import images
@@ -21,6 +22,7 @@ from server.errors import BadImage, DeadlineExceeded, ImageTooLarge, Overloaded,
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_Line = queue.SimpleQueue[Callable[[bool], None] | None]  # told whether this is the line of large images
 _Refusal = BadImage | ImageTooLarge | UnsupportedMediaType | DeadlineExceeded
 
 
@@ -40,11 +42,15 @@ class Decoder:
         self._clock = clock
         self._most = threads + max_waiting
         self._pending = 0  # images that wait or are being decoded
-        self._line: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # bounded by `_pending`
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"decode-{number}", daemon=True)
-            for number in range(1, threads + 1)
-        ]
+        self._line: _Line = queue.SimpleQueue()  # bounded by `_pending`
+        # Large images take turns, to bound memory. They do it in a thread of their own, so that none of the others
+        # waits with them.
+        self._large: _Line = queue.SimpleQueue()
+        lines = {f"decode-{number}": self._line for number in range(1, threads + 1)} | {"decode-large": self._large}
+        self._threads = {
+            threading.Thread(target=self._serve, args=(line,), name=name, daemon=True): line
+            for name, line in lines.items()
+        }
 
     def start(self) -> None:
         for thread in self._threads:
@@ -62,7 +68,7 @@ class Decoder:
         self._pending += count
         try:
             outcomes = [
-                self.run(self._decode, index, data, media_type, deadline)
+                self._put(partial(self._decode, index, data, media_type, deadline))
                 for index, (data, media_type) in enumerate(encoded)
             ]
             decoded = [await outcomes[0]] if count == 1 else await asyncio.gather(*outcomes)
@@ -77,14 +83,20 @@ class Decoder:
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
         """Run something that would block in one of the threads. Cancelling the future skips what was not begun."""
+        return self._put(lambda _: function(*args, **kwargs))
+
+    def _put(self, call: Callable[[bool], R]) -> asyncio.Future[R]:
+        """`call` is told whether it may wait for the turn of a large image."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
 
-        def work() -> None:
+        def work(in_turn: bool) -> None:
             if future.cancelled():
                 return
             try:
-                result = function(*args, **kwargs)
+                result = call(in_turn)
+            except images.NeedsTurnError:
+                self._large.put(work)
             except Exception as error:
                 _tell(loop, future, future.set_exception, error)
             else:
@@ -95,8 +107,8 @@ class Decoder:
 
     async def close(self) -> None:
         """End the threads, after what is in the line. May be called twice."""
-        for _ in self._threads:
-            self._line.put(None)
+        for line in self._threads.values():
+            line.put(None)
         await asyncio.to_thread(self._join)
 
     def _join(self) -> None:
@@ -104,17 +116,25 @@ class Decoder:
             if thread.ident is not None:  # started
                 thread.join()
 
-    def _serve(self) -> None:
-        while (work := self._line.get()) is not None:
-            work()
+    def _serve(self, line: _Line) -> None:
+        while (work := line.get()) is not None:
+            work(line is self._large)
             del work  # an idle thread must not keep an image alive
 
-    def _decode(self, index: int, data: bytes, media_type: str | None, deadline: float) -> Pixels | _Refusal:
+    def _decode(
+        self, index: int, data: bytes, media_type: str | None, deadline: float, in_turn: bool
+    ) -> Pixels | _Refusal:
         """In a thread. Hands the error back, so that the first bad image of a request is named, not the fastest."""
         if self._clock() >= deadline:
             return DeadlineExceeded("The deadline passed before the images were decoded")
         try:
-            return images.decode(data, media_type, self._preprocessing, self._limits)
+            return images.decode(
+                data,
+                media_type,
+                self._preprocessing,
+                self._limits,
+                wait_for_turn=in_turn,
+            )
         except (BadImage, ImageTooLarge, UnsupportedMediaType) as error:
             error.extra["index"] = index
             return error

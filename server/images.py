@@ -28,7 +28,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -100,7 +100,18 @@ class ImageLimits:
     min_side: int = 1  # pixels
 
 
-def decode(data: bytes, content_type: str | None, preprocessing: Preprocessing, limits: ImageLimits) -> Pixels:
+class NeedsTurnError(Exception):
+    """A large image, which was not to wait for its turn."""
+
+
+def decode(
+    data: bytes,
+    content_type: str | None,
+    preprocessing: Preprocessing,
+    limits: ImageLimits,
+    *,
+    wait_for_turn: bool = True,
+) -> Pixels:
     """Decode one image file: upright, first frame, short side resized, centre cropped. Blocking; releases the GIL.
 
     Expects `preprocessing.crop` to be no larger than `preprocessing.resize` (the bundle checks that).
@@ -109,7 +120,8 @@ def decode(data: bytes, content_type: str | None, preprocessing: Preprocessing, 
 
     Raises UnsupportedMediaType (not one of the five formats, or not the one that `content_type` names),
     ImageTooLarge (more pixels, or a longer shape, than `limits` allow; told from the header), or
-    BadImage(reason=...) (everything else: empty, truncated, corrupt, too small).
+    BadImage(reason=...) (everything else: empty, truncated, corrupt, too small). With `wait_for_turn=False` also
+    NeedsTurnError, at once, for an image so large that it takes turns with other large ones.
     """
     media_type = _media_type(data, content_type)
     try:
@@ -117,11 +129,15 @@ def decode(data: bytes, content_type: str | None, preprocessing: Preprocessing, 
         width, height = jpeg.size if jpeg is not None else _declared_size(data, media_type)
         _check(width, height, media_type, limits)
         shrinks = jpeg is not None and not jpeg.several_scans and min(width, height) >= 4 * preprocessing.resize
-        with _turn(width * height * _WEIGHT.get(media_type, 1.0), shrinks):
+        # A JPEG of one scan that is shrunk row by row is never large in memory.
+        large = width * height * _WEIGHT.get(media_type, 1.0) > _TAKES_TURNS and not shrinks
+        if large and not wait_for_turn:
+            raise NeedsTurnError
+        with _large_image if large else nullcontext():
             if jpeg is not None and (pixels := _decode_jpeg(data, jpeg, preprocessing)) is not None:
                 return pixels
             return _decode_with_pillow(data, media_type, preprocessing, limits)
-    except ServeError:
+    except (ServeError, NeedsTurnError):
         raise
     except Image.DecompressionBombError as error:  # a frame larger than the canvas that the header declares
         raise ImageTooLarge(f"The image declares more pixels than allowed: {error}") from error
@@ -458,12 +474,7 @@ def _to_pixels(image: Image.Image, orientation: int) -> Pixels:
     return np.asarray(image)  # (H, W, 3)
 
 
-# --- words and turns --------------------------------------------------------------------------------------------------
-
-
-def _turn(weighted_pixels: float, shrinks: bool) -> AbstractContextManager[object]:
-    """Large images are decoded one at a time. A JPEG of one scan that is shrunk row by row is never large in memory."""
-    return _large_image if weighted_pixels > _TAKES_TURNS and not shrinks else nullcontext()
+# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def _bad(reason: str) -> BadImage:

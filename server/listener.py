@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
+import os
 import signal
 import socket
+import struct
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
     from server.app import Service
 
 log = logging.getLogger(__name__)
+
+# SO_ATTACH_FILTER of Linux, which Python does not name.
+_ATTACH_FILTER = 26
+_EMPTY_THE_BACKLOG_S = 0.03
 
 # Between "no more connections" and "close the idle ones": time for bytes that are already on their way to become
 # requests, which are then answered.
@@ -188,6 +196,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
+            for listener in server.sockets:
+                _take_no_more(listener)
+        await asyncio.sleep(_EMPTY_THE_BACKLOG_S)  # the loop accepts what waits
+        for server in self.servers:
             server.close()
         if not self._hurry.is_set():
             await asyncio.sleep(LAST_CALL_S)
@@ -220,6 +232,22 @@ class Server(uvicorn.Server):
         self.failed = True
         self._service.leave()
         self.should_exit = True
+
+
+def _take_no_more(listener: socket.socket) -> None:
+    """Let no new connection reach the listener, and keep those that the kernel has accepted for it.
+
+    Closing a listener resets the connections in its backlog, whose clients may have sent a request already. So first a
+    packet filter that drops everything is attached to it: those in the backlog can then be accepted, and clients that
+    come later find nobody, as after the close. Elsewhere than on Linux the backlog is lost.
+    """
+    if sys.platform != "linux":
+        return
+    drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: return 0, keep no byte
+    with contextlib.suppress(OSError):  # some sandboxes forbid it
+        fileno = listener.fileno()
+        with socket.socket(fileno=os.dup(fileno)) as same:  # asyncio hands out a wrapper without setsockopt
+            same.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(drop)))
 
 
 def make_server(app: FastAPI, settings: Settings, started: Callable[[], None] = lambda: None) -> Server:
