@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.frontier import Frontier, FrontierRow, Records, budget_area, evaluate_thresholds, geometric
+from server.frontier import NEVER, Frontier, FrontierRow, Records, budget_area, evaluate_thresholds, geometric
 
 SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost
 
@@ -59,7 +59,7 @@ def _points(rows: Sequence[FrontierRow], records: Records, costs: Sequence[float
 
 def _area(rows: Sequence[FrontierRow], records: Records, costs: Sequence[float]) -> float:
     """Calibrated rows as they turn out, with both ends: everybody leaves at the first exit, or at the last."""
-    never = [2.0] * (len(costs) - 1)
+    never = [NEVER] * (len(costs) - 1)
     ends = [evaluate_thresholds(records, thresholds, costs) for thresholds in ([0.0] * len(never), never)]
     turned_out = [evaluate_thresholds(records, row.thresholds, costs) for row in rows]
     return budget_area([*turned_out, *ends], costs[0], costs[-1])
