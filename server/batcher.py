@@ -183,9 +183,8 @@ class Batcher:
             self._carry_out(self._scheduler.fail(batch, ended))
         else:
             outcome = self._scheduler.update(batch, result, ended)
-            seconds = ended - batch.started
-            self._observer.batch_finished(batch.run.stage, len(batch.images), seconds, outcome.ignored)
             self._carry_out(outcome)
+            self._loop.call_soon(self._observe_batch, batch, ended - batch.started, outcome.ignored)
         self._step()
 
     def _step_soon(self) -> None:
@@ -238,18 +237,30 @@ class Batcher:
             self._engine.free(outcome.freed)
         for request in outcome.settled:
             future = self._futures.pop(request)
+            if not future.done():  # done: cancelled in this very iteration
+                if request.answer is not None:
+                    future.set_result(request.answer)
+                elif request.error is not None:
+                    future.set_exception(request.error)
+        if outcome.settled:
+            # In the loop's queue behind the waiters that were just woken: no answer waits for the counting.
+            self._loop.call_soon(self._observe_settled, outcome.settled)
+        if not self._futures:
+            self._all_answered.set()
+
+    @_watched
+    def _observe_batch(self, batch: Batch, seconds: float, ignored: int) -> None:
+        self._observer.batch_finished(batch.run.stage, len(batch.images), seconds, ignored)
+
+    @_watched
+    def _observe_settled(self, settled: Sequence[Request]) -> None:
+        for request in settled:
             if request.answer is not None:
                 for result in request.answer.results:
                     self._observer.image_finished(result)
-                if not future.done():  # done: cancelled in this very iteration
-                    future.set_result(request.answer)
             elif request.abandoned is not None:
                 for _ in range(request.size):
                     self._observer.image_abandoned(request.abandoned)
-                if request.error is not None and not future.done():
-                    future.set_exception(request.error)
-        if not self._futures:
-            self._all_answered.set()
 
     def _die(self, error: Exception) -> None:
         log.critical("the batch loop died", exc_info=error)

@@ -12,8 +12,10 @@ Theory of operation
 3. JPEG is decoded by libjpeg-turbo through simplejpeg, already shrunk in the DCT domain where that leaves at least
    twice the pixels that the resize needs (closer than that the error is visible: MAE 0.8 and more, against 0.3). What
    simplejpeg does not take (CMYK, odd subsampling, harmless warnings) and every other format is decoded by Pillow.
-4. Resize and centre crop are one `resize(box=...)`: within one level of "resize the short side, then crop" (two, in
-   one value of 500), faster, and a 6000 x 1 image never becomes the 1.6 GB that the textbook's first half makes of it.
+4. A JPEG that is not much longer than wide is resized and then cropped, with vector instructions (cykooz-resizer: in a
+   fifth of Pillow's time, mean difference 0.1 of 255). For every other image Pillow resizes only the box that becomes
+   the crop: within one level of the same (two, in one value of 500), and a 6000 x 1 image never becomes the 1.6 GB that
+   the textbook's first half makes of it.
 5. Orientation turns the box before, and the small result after, never the large image.
 
 Alpha is dropped, not composited: that is `convert("RGB")`, which is what image folders are trained with.
@@ -30,11 +32,12 @@ import struct
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
+from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -365,7 +368,8 @@ def _decode_jpeg(data: bytes, header: _JpegHeader, preprocessing: Preprocessing)
         *shape, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if shape != [height, width] or colorspace in ("CMYK", "YCCK"):
             return None
-        rgb: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, min_factor=2)  # (h, w, 3)
+        shrink = {"min_height": least, "min_width": least, "min_factor": 2} if min(width, height) >= 2 * least else {}
+        rgb: Pixels = simplejpeg.decode_jpeg(data, "RGB", **shrink)  # (h, w, 3)
     except ValueError as error:
         # Data that is not there would be filled in with grey: say no. Other warnings (bytes too many, odd markers) are
         # what real cameras write, and Pillow takes them.
@@ -375,12 +379,42 @@ def _decode_jpeg(data: bytes, header: _JpegHeader, preprocessing: Preprocessing)
     # DCT scaling is by n/8, rounded up: the exact factor keeps the box where it would be in the full image.
     scaled_height, scaled_width = rgb.shape[:2]
     scale = 1.0 if (scaled_height, scaled_width) == (height, width) else (8 * scaled_width // width) / 8
+    exact = (scaled_width, scaled_height) == (scale * width, scale * height)
+    if exact and max(width, height) <= 2 * min(width, height):
+        return _resize_then_crop(rgb, preprocessing, header.orientation)
     box, size = _crop_box(width, height, preprocessing, header.orientation)
-    if header.orientation == 1 and size == (scaled_width, scaled_height) and box == (0, 0, *size):
-        return rgb  # already what the model takes
     box = _fit(tuple(scale * edge for edge in box), scaled_width, scaled_height)
-    image = Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC, box=box)
-    return _to_pixels(image, header.orientation)
+    return _to_pixels(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC, box=box), header.orientation)
+
+
+class _Resizer(local):
+    """One for each thread: a Resizer keeps the buffer between its two axes."""
+
+    def __init__(self) -> None:
+        self.resize = Resizer().resize
+
+
+_resizer = _Resizer()
+_BICUBIC = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.catmull_rom))  # the kernel that Pillow calls so
+
+
+def _resize_then_crop(rgb: Pixels, preprocessing: Preprocessing, orientation: int) -> Pixels:
+    """The textbook's order, with vector instructions. rgb (h, w, 3), as stored -> (crop, crop, 3), upright.
+
+    No `CropBox`: with one, version 4.0.1 reads beyond its buffers where it enlarges.
+    """
+    height, width = rgb.shape[:2]
+    resized_width, resized_height = _resized(width, height, preprocessing)
+    if (resized_width, resized_height) != (width, height):
+        target = ImageData(resized_width, resized_height, PixelType.U8x3)
+        _resizer.resize(ImageData(width, height, PixelType.U8x3, rgb.tobytes()), target, _BICUBIC)
+        rgb = np.frombuffer(target.get_buffer(), np.uint8).reshape(resized_height, resized_width, 3)
+    if orientation != 1:
+        rgb = _to_pixels(Image.fromarray(rgb), orientation)
+    crop_height, crop_width = preprocessing.crop
+    left = round((rgb.shape[1] - crop_width) / 2)
+    top = round((rgb.shape[0] - crop_height) / 2)
+    return np.ascontiguousarray(rgb[top : top + crop_height, left : left + crop_width])
 
 
 def _decode_with_pillow(data: bytes, media_type: str, preprocessing: Preprocessing, limits: ImageLimits) -> Pixels:
@@ -431,18 +465,22 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
+def _resized(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """(width, height) with the short side at `resize`, the long one rounded down, as torchvision counts."""
+    short = min(width, height)
+    return preprocessing.resize * width // short, preprocessing.resize * height // short
+
+
 def _crop_box(width: int, height: int, preprocessing: Preprocessing, orientation: int) -> tuple[Box, tuple[int, int]]:
     """The part of the stored (not yet upright) image that becomes the crop, and the (width, height) to resize it to.
 
-    As torchvision counts: the short side becomes `resize`, the long one is rounded down, the crop's offset to even.
+    As torchvision counts: the crop's offset is rounded to even.
     """
     turned = orientation >= 5
     if turned:
         width, height = height, width
     crop_height, crop_width = preprocessing.crop
-    short = min(width, height)
-    resized_width = preprocessing.resize * width // short
-    resized_height = preprocessing.resize * height // short
+    resized_width, resized_height = _resized(width, height, preprocessing)
     x = width / resized_width
     y = height / resized_height
     left = round((resized_width - crop_width) / 2)

@@ -6,6 +6,7 @@ together.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import math
 import re
@@ -128,11 +129,16 @@ async def classify(request: Request) -> Response:
             answer = await service.batcher.submit(
                 pixels, deadline=deadline, max_exit=ask.max_exit, min_confidence=ask.min_confidence
             )
-    total_s = clock() - arrived
-    service.metrics.decoded(decoded - arrived)
+    decode_s, total_s = decoded - arrived, clock() - arrived
+    # When the answer is on its way, not before.
+    asyncio.get_running_loop().call_soon(_record, service, answer, decode_s, total_s, ask.steered)
+    return json_response(shape_answer(service, answer, ask.top_k, decode_s, total_s))
+
+
+def _record(service: Service, answer: Answer, decode_s: float, total_s: float, steered: bool) -> None:
+    service.metrics.decoded(decode_s)
     for result in answer.results:
-        service.budget.observe(result, total_s, ask.steered)
-    return json_response(shape_answer(service, answer, ask.top_k, decoded - arrived, total_s))
+        service.budget.observe(result, total_s, steered)
 
 
 def shape_answer(service: Service, answer: Answer, top_k: int, decode_s: float, total_s: float) -> dict[str, Any]:

@@ -115,6 +115,29 @@ def test_one_boxed_resize_equals_resize_then_crop(
         assert np.abs(pixels.astype(int) - expected.astype(int)).mean() <= 0.5
 
 
+@given(
+    width=st.integers(1, 200),
+    height=st.integers(1, 200),
+    resize=st.integers(2, 96),
+    crop=st.tuples(st.integers(1, 96), st.integers(1, 96)),
+    orientation=st.integers(1, 8),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_jpeg_of_any_size_gives_the_textbooks_pixels(
+    width: int, height: int, resize: int, crop: tuple[int, int], orientation: int
+) -> None:
+    preprocessing = Preprocessing(resize=resize, crop=(min(crop[0], resize), min(crop[1], resize)))
+    data = with_orientation(photo(width, height), orientation, "JPEG", quality=95, subsampling=0)
+    pixels = decode(data, "image/jpeg", preprocessing, ImageLimits(max_aspect=200))
+    assert pixels.shape == (*preprocessing.crop, 3)
+    assert pixels.flags.c_contiguous
+    expected = textbook(Image.open(io.BytesIO(data)), preprocessing)
+    if min(width, height) < 4 * resize:  # not shrunk while decoding
+        assert difference(pixels, expected) <= 8  # where it shrinks much, its fixed-point weights are coarser
+    if pixels.size >= 192:
+        assert np.abs(pixels.astype(int) - expected.astype(int)).mean() <= 1.0
+
+
 def test_an_image_that_already_fits_is_not_touched() -> None:
     image = photo(64, 64)
     assert difference(decode(encoded(image, "PNG"), None, AS_IS, LIMITS), np.asarray(image)) == 0
