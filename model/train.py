@@ -57,18 +57,18 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "micro": Recipe(variant="micro", epochs=2, warmup_epochs=0, batch_size=16, ema_decay=0.9, held_out=0.2),
-    # The embedded model. So few epochs ask for little augmentation: mild crops and colours, every other batch mixed.
+    # The embedded model. So few epochs ask for little augmentation: mild crops, every other batch cut and mixed.
     "photo10": Recipe(
         variant="photo10",
-        epochs=26,
+        epochs=44,
         warmup_epochs=3,
-        lr=1.5e-3,
+        lr=1e-3,
         ema_decay=0.998,
-        min_area=0.35,
-        colour=0.2,
-        mixup=0.2,
+        min_area=0.5,
+        colour=0.0,
+        mixup=0.0,
         mix_probability=0.5,
-        clean_epochs=7,
+        clean_epochs=4,
         precision="bf16",
     ),
 }

@@ -28,9 +28,30 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+class ResidualConv(nn.Module):
+    """Two 3x3 convolutions with batch norm around a shortcut (He et al., 2016)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> the same shape."""
+        y: Tensor = self.act(x + self.branch(x))
+        return y
+
+
 class ConvStem(nn.Module):
-    """Two 3x3 stride-2 convolutions, then patches of what they see (Xiao et al., "Early Convolutions Help
-    Transformers See Better", 2021)."""
+    """Two 3x3 stride-2 convolutions, patches of what they see (Xiao et al., "Early Convolutions Help Transformers See
+    Better", 2021), and a residual block among the tokens: its cost grows with their number, so coarse stages stay
+    cheap."""
 
     def __init__(self, size: int, grid: int, embed_dim: int, stem_dim: int) -> None:
         super().__init__()
@@ -38,10 +59,11 @@ class ConvStem(nn.Module):
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.GELU()]
-        self.stem = nn.Sequential(*layers)
-        self.patches = PatchEmbed(size // 4, grid, embed_dim, in_chans=stem_dim)
+        kernel, padding = patch_geometry(size // 4, grid)
+        layers += [nn.Conv2d(stem_dim, embed_dim, kernel, stride=kernel, padding=padding), ResidualConv(embed_dim)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, size, size) -> (B, grid*grid, D)."""
-        tokens: Tensor = self.patches(self.stem(x))
+        tokens: Tensor = self.layers(x).flatten(2).transpose(1, 2)
         return tokens
