@@ -72,26 +72,45 @@ class DVTConfig:
             raise ValueError(str(error)) from error
 
 
-_T2T = {"image_size": 224, "grids": (7, 10, 14), "tokenizer": "t2t", "qkv_bias": False, "norm_eps": 1e-5}
+# Tokens-to-token ViTs (Yuan et al., 2021): (embed_dim, depth, mlp_hidden); heads are 64 wide in all backbones.
+_T2T = {
+    "t2t-vit-7": (256, 7, 512),
+    "t2t-vit-10": (256, 10, 512),
+    "t2t-vit-12": (256, 12, 512),
+    "t2t-vit-14": (384, 14, 1152),
+    "t2t-vit-19": (448, 19, 1344),
+    "t2t-vit-24": (512, 24, 1536),
+}
+# Plain patches: DeiT (Touvron et al., 2021) and ViT (Dosovitskiy et al., 2021).
+_PATCH = {
+    "deit-tiny": (192, 12, 768),
+    "deit-small": (384, 12, 1536),
+    "vit-base": (768, 12, 3072),
+}
+
+
+def backbone(
+    name: str, tokenizer: Literal["t2t", "patch"], embed_dim: int, depth: int, mlp_hidden: int, **fields: Any
+) -> DVTConfig:
+    """A DVT on a published backbone: 224 pixels, 7x7, 10x10 and 14x14 tokens unless `fields` say otherwise."""
+    plain = tokenizer == "patch"
+    defaults = {"image_size": 224, "grids": (7, 10, 14), "qkv_bias": plain, "norm_eps": 1e-6 if plain else 1e-5}
+    return DVTConfig(
+        name=name,
+        tokenizer=tokenizer,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=embed_dim // 64,
+        mlp_hidden=mlp_hidden,
+        **{**defaults, **fields},
+    )
+
 
 VARIANTS: dict[str, DVTConfig] = {
     config.name: config
     for config in (
-        # The paper's main models.
-        DVTConfig(name="t2t-vit-12", embed_dim=256, depth=12, num_heads=4, mlp_hidden=512, **_T2T),  # type: ignore[arg-type]
-        DVTConfig(name="t2t-vit-14", embed_dim=384, depth=14, num_heads=6, mlp_hidden=1152, **_T2T),  # type: ignore[arg-type]
-        DVTConfig(
-            name="deit-small",
-            image_size=224,
-            grids=(7, 10, 14),
-            tokenizer="patch",
-            embed_dim=384,
-            depth=12,
-            num_heads=6,
-            mlp_hidden=1536,
-            qkv_bias=True,
-            norm_eps=1e-6,
-        ),
+        *(backbone(name, "t2t", *sizes) for name, sizes in _T2T.items()),
+        *(backbone(name, "patch", *sizes) for name, sizes in _PATCH.items()),
         # Small photographs, 64x64, ten everyday classes: the model that the server embeds. A convolutional stem
         # instead of T2T: with 24k training images a transformer alone does not learn edges (Xiao et al., 2021).
         DVTConfig(

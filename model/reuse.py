@@ -23,14 +23,16 @@ class ReuseState(NamedTuple):
     relations: Tensor  # (B, L*h, n+1, n+1), every softmax input, layer-major, class row and column included
 
 
-def upsample_matrix(source: int, target: int) -> Tensor:
-    """The fixed upsampling along one axis, (target, source): nearest to an intermediate grid, then adaptive average
-    pooling to the target.
+def intermediate_grid(source: int, target: int) -> int:
+    """The side between source and target: 10/7 of the target, rounded, which gives 14 for a 10x10 target and 20 for a
+    14x14 one, the two that the paper's models use. The same proportion serves other grids."""
+    return max(round(target * 10 / 7), source)
 
-    The intermediate grid is 10/7 of the target, rounded: 14 for a 10x10 target and 20 for a 14x14 one, the two that
-    the paper's models use; the same proportion serves other grids.
-    """
-    between = max(round(target * 10 / 7), source)
+
+def upsample_matrix(source: int, target: int) -> Tensor:
+    """The fixed upsampling along one axis, (target, source): nearest to the intermediate grid, then adaptive average
+    pooling to the target."""
+    between = intermediate_grid(source, target)
     nearest = F.one_hot(torch.arange(between) * source // between, source).to(torch.float64)  # (between, source)
     rows = []
     for i in range(target):
@@ -47,6 +49,7 @@ class FeatureReuse(nn.Module):
 
     def __init__(self, config: DVTConfig, source: int, target: int) -> None:
         super().__init__()
+        self.source, self.target = source, target
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = Mlp(config.embed_dim, config.reuse_hidden, config.reuse_dim)
         axis = upsample_matrix(source, target)
@@ -67,6 +70,7 @@ class RelationReuse(nn.Module):
 
     def __init__(self, config: DVTConfig, source: int, target: int) -> None:
         super().__init__()
+        self.source, self.target = source, target
         channels = config.depth * config.num_heads
         self.num_heads = config.num_heads
         self.mlp = nn.Sequential(

@@ -24,16 +24,20 @@ _PUBLISHED = {7: (14, 8, 3), 10: (11, 6, 5), 14: (7, 4, 2)}
 
 
 def soft_split_geometry(size: int, grid: int) -> tuple[int, int, int]:
-    """(kernel, stride, padding) of the first soft split; two 3/2/1 splits follow and each halves the side.
+    """(kernel, stride, padding) of the first soft split; two 3/2/1 splits follow and each halves the side, rounded up.
 
-    Raises ValueError where no split fits: `size` must then be a multiple of 4*grid.
+    As published for 224 pixels; elsewhere the largest overlapping split that leads to the grid, with the least padding.
+    Raises ValueError where there is none.
     """
     if size == 224 and grid in _PUBLISHED:
         return _PUBLISHED[grid]
-    stride, rest = divmod(size, 4 * grid)
-    if rest or stride < 2:
-        raise ValueError(f"no T2T soft split from {size} pixels to a {grid}x{grid} grid: not a multiple of {4 * grid}")
-    return 2 * stride - 1, stride, stride // 2
+    for side in range(4 * grid, 4 * grid - 4, -1):  # all of them become `grid` after two halvings
+        for stride in range(size // side + 1, 1, -1):
+            kernel = 2 * stride - 1
+            for padding in range(stride):
+                if (size + 2 * padding - kernel) // stride + 1 == side:
+                    return kernel, stride, padding
+    raise ValueError(f"no T2T soft split leads from {size} pixels to a {grid}x{grid} grid")
 
 
 class TokenPerformer(nn.Module):

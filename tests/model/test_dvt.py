@@ -9,9 +9,9 @@ import torch
 
 from model.backbones.t2t_vit import TokenPerformer, TokensToToken, sinusoid, soft_split_geometry
 from model.backbones.vit import patch_geometry
-from model.config import DVTConfig, variant
+from model.config import VARIANTS, DVTConfig, variant
 from model.dvt import DVT
-from model.flops import cumulative_macs
+from model.flops import as_published, cumulative_macs
 
 TOKENIZERS = {
     "t2t": variant("micro"),
@@ -47,9 +47,38 @@ def test_patch_convolutions_have_the_published_geometry():
     assert [patch_geometry(224, grid) for grid in (7, 10, 14)] == [(32, 0), (23, 3), (16, 0)]
 
 
-def test_a_soft_split_that_does_not_fit_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="not a multiple of 20"):
-        soft_split_geometry(48, 5)
+@pytest.mark.parametrize(
+    ("size", "grids"),
+    [
+        (32, (2, 3, 4)),
+        (48, (2, 3, 4, 6)),
+        (64, (3, 4, 5, 6, 8)),
+        (224, (4, 5, 6, 7, 8, 9, 10, 11, 12, 14)),
+        (384, (7, 12, 24)),
+    ],
+)
+def test_a_soft_split_leads_to_the_grid_and_overlaps(size: int, grids: tuple[int, ...]):
+    for grid in grids:
+        kernel, stride, padding = soft_split_geometry(size, grid)
+        side = (size + 2 * padding - kernel) // stride + 1
+        assert -(-side // 4) == grid
+        assert stride < kernel < 2 * stride
+        assert padding < kernel / 2
+
+
+@pytest.mark.parametrize(("size", "grid"), [(48, 13), (224, 27)])
+def test_a_soft_split_that_does_not_fit_is_refused(size: int, grid: int):
+    with pytest.raises(ValueError, match=f"from {size} pixels to a {grid}x{grid} grid"):
+        soft_split_geometry(size, grid)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "photo10"])
+@pytest.mark.parametrize("grids", [(7, 14), (4, 7, 10, 14), (5, 9)])
+def test_every_backbone_takes_any_list_of_grids(name: str, grids: tuple[int, ...]):
+    config = variant(name, image_size=224, grids=grids, depth=1)
+    with torch.inference_mode():
+        exits = DVT(config).eval()(torch.zeros(1, 3, 224, 224))
+    assert [tuple(logits.shape) for logits in exits] == [(1, config.num_classes)] * len(grids)
 
 
 @pytest.mark.parametrize("config", TOKENIZERS.values(), ids=TOKENIZERS)
@@ -127,6 +156,41 @@ def test_the_sinusoid_starts_at_the_class_token():
     torch.testing.assert_close(table[3, :2], torch.tensor([math.sin(3), math.cos(3)]))
 
 
+# GMACs at the exits, as published for 1000 classes, to all printed digits.
+@pytest.mark.parametrize(
+    ("name", "features", "relations", "published"),
+    [
+        ("t2t-vit-12", True, True, "0.4725 1.4625 3.4975"),
+        ("t2t-vit-12", True, False, "0.472 1.425 3.308"),
+        ("t2t-vit-12", False, True, "0.472 1.408 3.335"),
+        ("t2t-vit-12", False, False, "0.472 1.371 3.145"),
+        ("t2t-vit-14", True, True, "1.2065 3.8409 9.3276"),
+        ("deit-small", True, True, "1.1453 3.6563 8.8438"),
+    ],
+)
+def test_macs_are_the_published_ones(name: str, features: bool, relations: bool, published: str):
+    model = DVT(variant(name, feature_reuse=features, relation_reuse=relations))
+    digits = len(published.split()[0].partition(".")[2])
+    assert " ".join(f"{macs / 1e9:.{digits}f}" for macs in cumulative_macs(model)) == published
+
+
+@pytest.mark.parametrize("grids", [(2, 3, 4), (2, 4)])
+def test_what_is_counted_computes_the_same(grids: tuple[int, ...]):
+    torch.manual_seed(0)
+    model = DVT(variant("micro", grids=grids)).eval()
+    with torch.no_grad():  # as if trained: no part of the model is small
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 if parameter.ndim > 1 else parameter + 0.1)
+    images = torch.randn(2, 3, 48, 48)
+    expected = model(images)
+    with as_published(model):
+        published = model(images)
+        assert "forward" in vars(model.stages[0].norm)
+    for got, want in zip(published, expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(model(images), expected, strict=True))
+
+
 def test_macs_rise_from_exit_to_exit_and_do_not_depend_on_train_mode():
     model = DVT(variant("micro"))
     model.train()
@@ -141,7 +205,7 @@ def test_macs_of_a_transformer_without_reuse_are_what_one_counts_by_hand():
     N, D, M = 5, config.embed_dim, config.mlp_hidden
     patches = 4 * 24 * 24 * 3 * D
     layer = N * (3 * D * D + D * D + 2 * D * M) + 2 * N * N * D + 2 * 5 * N * D  # products, attention, two norms
-    expected = patches + config.depth * layer + 5 * D + D * 10
+    expected = patches + config.depth * layer + 5 * N * D + D * 10
     # fvcore counts a LayerNorm as 5 operations an element
     assert cumulative_macs(DVT(config))[0] == expected
 
