@@ -1,4 +1,4 @@
-"""`dvt train`."""
+"""`dvt train` and `dvt import`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import click
 import typer
 
 
-def register(app: typer.Typer) -> None:
+def register_train(app: typer.Typer) -> None:
     app.command("train")(train)
+
+
+def register_import(app: typer.Typer) -> None:
+    app.command("import")(import_)
 
 
 def train(
@@ -52,6 +56,63 @@ def train(
         click.echo(run(data, out, chosen, resume=resume, num_workers=loaders))
     except (ValueError, OSError, FloatingPointError) as error:
         raise click.ClickException(str(error)) from None
+
+
+def import_(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A published .pth.tar, or one of the authors' training script.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, .safetensors; must not exist.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="Text file with one class name a line, in the order of the classes.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Channel means that the images were normalised with, R,G,B (0 to 1).")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Channel standard deviations, R,G,B.")] = None,
+    resize: Annotated[int | None, typer.Option(help="Short side before the centre crop, in pixels.", min=1)] = None,
+) -> None:
+    """Read the paper's checkpoints, or those of its authors' training script, into ours.
+
+    Sizes, grids, reuses and the number of classes are read off the tensors. No code in the file is run. Of a training
+    run the averaged weights are taken. Statistics of ImageNet are assumed where neither the file nor an option tells.
+
+    \b
+    Examples:
+      dvt import t2t-vit-12.pth.tar t2t-vit-12.safetensors
+      dvt import cifar.pth.tar cifar.safetensors --labels names.txt --mean 0.491,0.482,0.447 --std 0.247,0.243,0.262
+    """
+    from model.checkpoint import save_model
+    from model.flops import cumulative_macs
+    from model.published import import_checkpoint
+
+    if out.exists():
+        raise click.ClickException(f"{out} is there already")
+    changes: dict[str, Any] = {}
+    try:
+        if labels is not None:
+            changes["labels"] = tuple(labels.read_text(encoding="utf-8").splitlines())
+        changes |= {name: _triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+        changes |= {"resize": resize} if resize is not None else {}
+        model, header = import_checkpoint(checkpoint, **changes)
+        save_model(out, model, **header)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    config = model.config
+    click.echo(f"{out}: {config.name}, {config.num_classes} classes, weights from {header['imported']['from']}")
+    for number, (grid, macs) in enumerate(zip(config.grids, cumulative_macs(model), strict=True), start=1):
+        click.echo(f"  exit {number}: {grid}x{grid} tokens, {macs / 1e9:.4g} GMAC so far")
+    click.echo(f"next: dvt export {out} BUNDLE")
+
+
+def _triple(name: str, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(0 <= v <= 1 for v in values) or (name == "std" and 0 in values):
+        raise click.UsageError(f"--{name} {text}: expected three numbers from 0 to 1, such as 0.485,0.456,0.406")
+    return values
 
 
 def _parse(changes: list[str], recipe: Any) -> dict[str, Any]:

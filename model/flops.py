@@ -1,4 +1,4 @@
-"""Cost of the exits, counted by fvcore: multiply-accumulates (MACs), batch 1. The paper prints the same count as "FLOPs".
+"""Cost of the exits, counted by fvcore: multiply-accumulates (MACs), batch 1. The paper prints this count as "FLOPs".
 
 fvcore counts matrix products and convolutions, and a few operations an element for norms, poolings and upsamplings.
 So that our figures can be laid beside published ones, what is counted is the arithmetic as it was published: the same
@@ -69,7 +69,7 @@ def as_published(model: DVT) -> Iterator[None]:
 
 
 def _upsample(x: Tensor, source: int, target: int) -> Tensor:
-    """(B, C, source*source) -> (B, C, target*target): nearest to an intermediate grid, then adaptive average pooling."""
+    """(B, C, source*source) -> (B, C, target*target): nearest to the grid between, then adaptive average pooling."""
     between = intermediate_grid(source, target)
     grid = x.reshape(*x.shape[:2], source, source)
     pooled = F.adaptive_avg_pool2d(F.interpolate(grid, size=(between, between), mode="nearest"), (target, target))
