@@ -16,6 +16,7 @@ import torch
 import torch.onnx.ops
 from torch import Tensor, nn
 
+from export.savings import ALL, Saving, save
 from model.config import DVTConfig
 from model.dvt import DVT, Stage
 from model.layers import Attention
@@ -57,7 +58,7 @@ class StageGraph(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: DVT, number: int) -> None:
+    def __init__(self, model: DVT, number: int, savings: frozenset[Saving] = ALL) -> None:
         super().__init__()
         stage = model.stages[number - 1]
         assert isinstance(stage, Stage)
@@ -68,6 +69,7 @@ class StageGraph(nn.Module):
         for module in self.stage.modules():
             if isinstance(module, Attention):
                 module.attend = onnx_attention
+        save(self.stage, onnx_attention, savings)
         std = torch.tensor(model.config.std).view(1, 3, 1, 1) * 255
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -torch.tensor(model.config.mean).view(1, 3, 1, 1) * 255 / std)

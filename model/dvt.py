@@ -58,11 +58,10 @@ class Stage(nn.Module):
         )
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.head = nn.Linear(D, config.num_classes)
-        self.feature_reuse: nn.ModuleList | None = None
+        self.feature_reuse: FeatureReuse | None = None
         self.relation_reuse: RelationReuse | None = None
         if reuses_features:
-            source = config.grids[index - 1]
-            self.feature_reuse = nn.ModuleList(FeatureReuse(config, source, grid) for _ in range(config.depth))
+            self.feature_reuse = FeatureReuse(config, config.grids[index - 1], grid)
         if reuses_relations:
             self.relation_reuse = RelationReuse(config, config.grids[index - 1], grid)
 
@@ -71,11 +70,11 @@ class Stage(nn.Module):
         x = self.tokenizer(images)  # (B, N-1, D)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed  # (B, N, D)
         mixed = self.relation_reuse(state.relations) if self.relation_reuse is not None and state is not None else None
+        features = self.feature_reuse(state.features) if self.feature_reuse is not None and state is not None else None
         relations = []
         for layer, block in enumerate(self.blocks):
             relation = self.relation_reuse.layer(mixed, layer) if self.relation_reuse is not None else None
-            feature = self.feature_reuse[layer](state.features) if self.feature_reuse is not None else None
-            x, logits = block(x, relation, feature)
+            x, logits = block(x, relation, None if features is None else features[layer])
             if self.hands_on:
                 relations.append(logits)
         handed_on = ReuseState(x[:, 1:], torch.cat(relations, dim=1)) if self.hands_on else None

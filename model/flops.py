@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.dvt import DVT, Stage
-from model.reuse import FeatureReuse, RelationReuse, intermediate_grid
+from model.reuse import LayerFeatures, RelationReuse, intermediate_grid
 
 
 def cumulative_macs(model: DVT) -> list[int]:
@@ -56,9 +56,9 @@ def as_published(model: DVT) -> Iterator[None]:
     for stage in model.stages:
         assert isinstance(stage, Stage)
         replace(stage.norm, "forward", _norm_all_tokens(stage.norm, stage.pos_embed.shape[1]))
-        for reuse in stage.feature_reuse or ():
-            assert isinstance(reuse, FeatureReuse)
-            replace(reuse, "forward", _reuse_features(reuse))
+        for layer in stage.feature_reuse or ():
+            assert isinstance(layer, LayerFeatures)
+            replace(layer, "forward", _reuse_features(layer))
         if stage.relation_reuse is not None:
             replace(stage.relation_reuse, "layer", _reuse_relations(stage.relation_reuse))
     try:
@@ -85,7 +85,7 @@ def _norm_all_tokens(norm: nn.LayerNorm, tokens: int) -> Callable[[Tensor], Tens
     return forward
 
 
-def _reuse_features(reuse: FeatureReuse) -> Callable[[Tensor], Tensor]:
+def _reuse_features(reuse: LayerFeatures) -> Callable[[Tensor], Tensor]:
     def forward(features: Tensor) -> Tensor:
         """The MLP on the class token as well; its row is dropped afterwards."""
         with_class = torch.cat((features[:, :1], features), dim=1)

@@ -41,7 +41,7 @@ def upsample_matrix(source: int, target: int) -> Tensor:
     return torch.stack(rows).float()
 
 
-class FeatureReuse(nn.Module):
+class LayerFeatures(nn.Module):
     """f_l of one layer: LN -> MLP on the upstream's tokens, then upsampling; the class token's row is zeros
     (paper, Eq. 3)."""
 
@@ -60,6 +60,17 @@ class FeatureReuse(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, n, D) -> (B, N+1, C)."""
         return self.upsample @ self.mlp(self.norm(features))
+
+
+class FeatureReuse(nn.ModuleList):
+    """f_l of every layer of a stage, each with weights of its own, all on the same features."""
+
+    def __init__(self, config: DVTConfig, source: int, target: int) -> None:
+        super().__init__(LayerFeatures(config, source, target) for _ in range(config.depth))
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """(B, n, D) -> (B, N+1, C) for each layer."""
+        return [layer(features) for layer in self]
 
 
 class RelationReuse(nn.Module):

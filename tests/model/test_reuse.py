@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from model.config import variant
 from model.dvt import DVT
-from model.reuse import FeatureReuse, RelationReuse, upsample_matrix
+from model.reuse import LayerFeatures, RelationReuse, upsample_matrix
 
 # The published models' rows, as weights of source tokens, written out by hand.
 SEVEN_TO_TEN = [
@@ -47,7 +47,7 @@ def test_upsampling_keeps_a_constant_and_the_order_of_tokens(source: int, target
 
 
 def test_feature_reuse_gives_the_class_token_nothing():
-    reuse = FeatureReuse(variant("micro"), source=2, target=3)
+    reuse = LayerFeatures(variant("micro"), source=2, target=3)
     out = reuse(torch.randn(2, 4, 32))
     assert out.shape == (2, 10, 8)
     assert (out[:, 0] == 0).all()
@@ -56,7 +56,7 @@ def test_feature_reuse_gives_the_class_token_nothing():
 
 def test_feature_reuse_applies_its_mlp_before_it_upsamples():
     config = variant("micro")
-    reuse = FeatureReuse(config, source=2, target=3)
+    reuse = LayerFeatures(config, source=2, target=3)
     features = torch.randn(1, 4, config.embed_dim)
     tokens = reuse.mlp(reuse.norm(features)).transpose(1, 2).reshape(1, -1, 2, 2)
     axis = upsample_matrix(2, 3)
