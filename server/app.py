@@ -280,6 +280,7 @@ def _describe_frontier(bundle: Bundle) -> dict[str, Any]:
         "samples": frontier.samples,
         "stage_gmacs": frontier.stage_gmacs,
         "rows": [dataclasses.asdict(row) for row in frontier.rows],
+        "certificate": dataclasses.asdict(frontier.certificate) if frontier.certificate else None,
     }
 
 

@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from server.bundle import Bundle
 from server.core import Engine, Floats, Slot, StageBatch
 from server.errors import ServeError
 from server.frontier import NEVER, Frontier, FrontierRow, Records, sweep
+from server.guarantee import certify, losses, split, upper_bound
 from server.images import ImageLimits, decode
 
 Example = tuple[Path, int]  # image file, class id
@@ -32,6 +34,14 @@ _SEED = 0
 
 class CalibrationError(Exception):
     """Images that cannot be calibrated on. The message, one line, names the file or folder and the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Lose at most this much accuracy against the last exit, with this confidence; both between 0 and 1."""
+
+    max_accuracy_loss: float
+    confidence: float = 0.95
 
 
 def held_out(relative_path: str, fraction: float) -> bool:
@@ -71,14 +81,29 @@ def calibrate(
     engine: Engine,
     images: Iterable[Example],
     *,
+    promise: Promise | None = None,
     limits: ImageLimits | None = None,
     threads: int = 1,
     progress: bool = False,
 ) -> Frontier:
-    """Run every image through every stage, solve the frontier, and write it into the bundle. Raises as `record`."""
+    """Run every image through every stage, solve the frontier, and write it into the bundle.
+
+    With a `promise`, half of the images solve and the other half certify. Raises as `record`, and CalibrationError
+    where not even the most accurate row can be certified; then nothing is written.
+    """
     records = record(bundle, engine, images, limits=limits, threads=threads, progress=progress)
     manifest = bundle.manifest
-    frontier = sweep(records.confidence, records.correct, manifest.stage_gmacs, key=manifest.frontier_key)
+    solving, testing = (records, records) if promise is None else split(records)
+    frontier = sweep(solving.confidence, solving.correct, manifest.stage_gmacs, key=manifest.frontier_key)
+    if promise is not None:
+        certificate = certify(frontier.rows, testing, promise.max_accuracy_loss, promise.confidence)
+        if certificate is None:
+            bound = upper_bound(losses(testing, frontier.knee.thresholds), promise.confidence)
+            raise CalibrationError(
+                f"a loss of at most {promise.max_accuracy_loss:g} cannot be certified: with {testing.correct.shape[1]} "
+                f"images it is below {bound:.4f} for the most accurate thresholds; use more images or allow more"
+            )
+        frontier = replace(frontier, certificate=certificate)
     bundle.write_frontier(frontier)
     return frontier
 
@@ -126,7 +151,9 @@ def record(
     )
 
 
-def calibrate_folder(path: Path, images: Path, fraction: float, limit: int | None) -> Frontier:
+def calibrate_folder(
+    path: Path, images: Path, fraction: float, limit: int | None, promise: Promise | None = None
+) -> Frontier:
     """`dvt calibrate`: the bundle at `path` on the image folder `images`. Raises BundleError and CalibrationError."""
     # Imported where the engine is chosen: everything else here works without one.
     from server.engines import load_engine
@@ -137,7 +164,7 @@ def calibrate_folder(path: Path, images: Path, fraction: float, limit: int | Non
     threads = usable_cores()
     engine = load_engine(bundle)
     try:
-        return calibrate(bundle, engine, examples, threads=threads, progress=sys.stderr.isatty())
+        return calibrate(bundle, engine, examples, promise=promise, threads=threads, progress=sys.stderr.isatty())
     finally:
         engine.close()
 
@@ -204,7 +231,8 @@ def as_json(frontier: Frontier) -> str:
     }
     head = {"key": frontier.key, "samples": frontier.samples, "rows": len(frontier.rows)}
     exits = {"exit_accuracy": frontier.exit_accuracy, "stage_gmacs": frontier.stage_gmacs}
-    return json.dumps({**head, **exits, "points": rows}, indent=2)
+    certificate = asdict(frontier.certificate) if frontier.certificate else None
+    return json.dumps({**head, **exits, "points": rows, "certificate": certificate}, indent=2)
 
 
 def as_table(frontier: Frontier) -> str:
@@ -215,4 +243,9 @@ def as_table(frontier: Frontier) -> str:
         shown = ", ".join("never" if t == NEVER else f"{t:.4f}" for t in row.thresholds[:-1])
         label = name if name == "knee" else f"within {name} of the last exit's cost"
         lines.append(f"{label:<40} {row.accuracy:7.2%} {row.gmacs:10.4g} GMAC   thresholds {shown}")
+    if (certificate := frontier.certificate) is not None:
+        lines.append(
+            f"certified on {certificate.samples} other images: from {certificate.gmacs:.4g} GMAC on, at most "
+            f"{certificate.max_accuracy_loss:.2%} less than the last exit, at {certificate.confidence:.0%} confidence"
+        )
     return "\n".join(lines)

@@ -105,23 +105,35 @@ def calibrate(
         ),
     ] = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, every class by its share.")] = None,
+    max_accuracy_loss: Annotated[
+        float | None,
+        typer.Option(help="Certify which operating points lose at most this much accuracy, 0.01: a point."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="How sure the certificate is to be.")] = 0.95,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")] = False,
 ) -> None:
     """Solve the thresholds of BUNDLE on labelled images, through its exported engine.
 
-    Use images that training did not see, and not those that you will report figures on.
+    Use images that training did not see, and not those that you will report figures on. With --max-accuracy-loss, half
+    of them solve, and the other half tests from which cost on the loss against the last exit stays within it.
 
     \b
     Examples:
       dvt calibrate bundles/photo10 photo10/train --held-out 0.08
       dvt calibrate bundles/photo10 fresh-photos --limit 5000
+      dvt calibrate bundles/photo10 fresh-photos --max-accuracy-loss 0.01 --confidence 0.95
     """
     # Heavy, as above.
     from server import calibrate as calibration
     from server.errors import BundleError, ServeError
 
+    promise = None
+    if max_accuracy_loss is not None:
+        if not (0 < max_accuracy_loss < 1 and 0 < confidence < 1):
+            raise click.UsageError("--max-accuracy-loss and --confidence lie between 0 and 1, both excluded")
+        promise = calibration.Promise(max_accuracy_loss, confidence)
     try:
-        frontier = calibration.calibrate_folder(bundle, images, held_out, limit)
+        frontier = calibration.calibrate_folder(bundle, images, held_out, limit, promise)
     except (BundleError, calibration.CalibrationError, ServeError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(calibration.as_json(frontier) if as_json else calibration.as_table(frontier))

@@ -61,6 +61,17 @@ class Records:
 
 
 @dataclass(frozen=True, slots=True)
+class Certificate:
+    """With probability `confidence` over the draw of the `samples` images, every row of the frontier that costs `gmacs`
+    or more loses at most `max_accuracy_loss` against the last exit, on traffic like those images."""
+
+    max_accuracy_loss: float
+    confidence: float
+    samples: int
+    gmacs: float
+
+
+@dataclass(frozen=True, slots=True)
 class Frontier:
     """Rows from cheapest to most accurate: cost and accuracy both rise strictly. The last row is the knee."""
 
@@ -71,6 +82,7 @@ class Frontier:
     exit_accuracy: tuple[float, ...]  # (E,) were every image to leave there
     records: Records = field(compare=False, repr=False)  # at most MAX_RECORDS of the samples, evenly drawn
     criterion: str = CRITERION
+    certificate: Certificate | None = None
 
     @property
     def num_exits(self) -> int:
@@ -104,6 +116,7 @@ class Frontier:
             "samples": self.samples,
             "stage_gmacs": self.stage_gmacs,
             "exit_accuracy": self.exit_accuracy,
+            "certificate": asdict(self.certificate) if self.certificate else None,
         }
         records = {
             "count": self.records.correct.shape[1],
@@ -132,6 +145,7 @@ class Frontier:
                 exit_accuracy=tuple(map(float, document["exit_accuracy"])),
                 records=_parse_records(document["records"], len(stage_gmacs)),
                 criterion=str(document["criterion"]),
+                certificate=_parse_certificate(document.get("certificate")),
             )
         except json.JSONDecodeError as error:
             raise ValueError(f"not readable as JSON ({error})") from None
@@ -379,6 +393,15 @@ def _parse_row(row: dict[str, Any]) -> FrontierRow:
         exit_fractions=tuple(map(float, row["exit_fractions"])),
         ms=None if ms is None else float(ms),
     )
+
+
+def _parse_certificate(document: dict[str, Any] | None) -> Certificate | None:
+    if document is None:
+        return None
+    loss, confidence, gmacs = (float(document[name]) for name in ("max_accuracy_loss", "confidence", "gmacs"))
+    if not all(map(math.isfinite, (loss, confidence, gmacs))):
+        raise ValueError("the certificate holds a number that is not finite")
+    return Certificate(loss, confidence, int(document["samples"]), gmacs)
 
 
 def _parse_records(document: dict[str, Any], exits: int) -> Records:

@@ -130,10 +130,18 @@ class FrontierRow(_Model):
     ms: float | None = Field(description="Mean time per image; null until a latency profile exists.")
 
 
+class Certificate(_Model):
+    max_accuracy_loss: float = Field(description="Against the last exit.")
+    confidence: float
+    samples: int = Field(description="Images that it was tested on, others than the thresholds were chosen on.")
+    gmacs: float = Field(description="Rows from this cost on are certified.")
+
+
 class Frontier(_Model):
     samples: int = Field(description="Images calibrated on.")
     stage_gmacs: list[float] = Field(description="Cumulative cost per exit.")
     rows: list[FrontierRow] = Field(description="From the cheapest to the most accurate.")
+    certificate: Certificate | None = Field(description="Null where calibration was asked for none.")
 
 
 class Stage(_Model):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from server.__main__ import build
 from server.bundle import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
-from server.calibrate import CalibrationError, calibrate, held_out, read_image_folder
+from server.calibrate import CalibrationError, Promise, calibrate, held_out, read_image_folder
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
 from server.frontier import NEVER
@@ -93,6 +93,23 @@ def test_what_calibration_counts_is_what_the_engine_does_with_the_rows_threshold
         left = sum(slot is None for slot in output.slots)
         engine.free([slot for slot in output.slots if slot is not None])
         assert frontier.predict([threshold, 0.0]).exit_fractions[0] == pytest.approx(left / 30)
+
+
+def test_a_promise_is_tested_on_other_images_and_kept_with_the_frontier(bundle: Bundle, folder: Path) -> None:
+    images = read_image_folder(folder, LABELS)
+    frontier = calibrate(bundle, fake_engine(), images, promise=Promise(0.5, 0.9))
+    assert frontier.samples == 15
+    certificate = frontier.certificate
+    assert certificate is not None
+    assert (certificate.max_accuracy_loss, certificate.confidence, certificate.samples) == (0.5, 0.9, 15)
+    assert certificate.gmacs == frontier.rows[0].gmacs  # every exit sees the same class here: nothing is ever lost
+    assert Bundle.load(bundle.path).frontier.certificate == certificate
+
+
+def test_a_promise_that_so_few_images_cannot_certify_is_not_made(bundle: Bundle, folder: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"cannot be certified: with 15 images it is below 0\.\d+ for"):
+        calibrate(bundle, fake_engine(), read_image_folder(folder, LABELS), promise=Promise(0.01))
+    assert not (bundle.path / "frontier.json").exists()
 
 
 def test_an_image_that_cannot_be_read_is_named_and_nothing_is_written(bundle: Bundle, folder: Path) -> None:
