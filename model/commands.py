@@ -27,6 +27,10 @@ def train(
         typer.Option("--set", metavar="FIELD=VALUE", help="Change one field of the recipe; may be given again."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT, to the same loss curve.")] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="CHECKPOINT", help="Begin with these weights; it decides the variant."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch; by default all cores.")] = None,
     loaders: Annotated[int, typer.Option(min=0, help="Processes that load images; 0: the training process.")] = 0,
 ) -> None:
@@ -41,10 +45,11 @@ def train(
       dvt train photo10/train runs/photo10
       dvt train photo10/train runs/photo10 --resume
       dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3
+      dvt train cifar10/train runs/cifar --recipe fine-tune --from t2t-vit-12.safetensors
     """
     import torch
 
-    from model.train import RECIPES
+    from model.recipes import RECIPES
     from model.train import train as run
 
     if recipe not in RECIPES:
@@ -53,7 +58,7 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     try:
-        click.echo(run(data, out, chosen, resume=resume, num_workers=loaders))
+        click.echo(run(data, out, chosen, resume=resume, num_workers=loaders, start=start))
     except (ValueError, OSError, FloatingPointError) as error:
         raise click.ClickException(str(error)) from None
 
@@ -115,9 +120,17 @@ def _triple(name: str, text: str) -> tuple[float, ...]:
     return values
 
 
+# Fields whose default does not tell how to read them.
+_PARSERS: dict[str, Any] = {
+    "drop_path": float,
+    "mean": lambda text: _triple("set mean", text),
+    "std": lambda text: _triple("set std", text),
+}
+
+
 def _parse(changes: list[str], recipe: Any) -> dict[str, Any]:
     """FIELD=VALUE texts, each value of the type that the recipe's field has."""
-    known = {field.name: type(getattr(recipe, field.name)) for field in fields(recipe)}
+    known = {field.name: _PARSERS.get(field.name, type(getattr(recipe, field.name))) for field in fields(recipe)}
     values: dict[str, Any] = {}
     for change in changes:
         name, equals, text = change.partition("=")
@@ -126,5 +139,5 @@ def _parse(changes: list[str], recipe: Any) -> dict[str, Any]:
         try:
             values[name] = known[name](text)
         except ValueError:
-            raise click.UsageError(f"--set {change}: not {known[name].__name__}") from None
+            raise click.UsageError(f"--set {change}: not {getattr(known[name], '__name__', 'a number')}") from None
     return values

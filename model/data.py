@@ -1,4 +1,4 @@
-"""Image folders for training: ROOT/<class>/<file>, read with Pillow, augmented per image and per batch.
+"""Image folders for training: ROOT/<class>/<file>, read with Pillow, augmented image by image.
 
 Every random draw comes from a generator seeded by (seed, epoch, position): the same images come out whatever the
 number of loading processes, and a resumed run sees exactly what an uninterrupted one would have seen.
@@ -8,7 +8,6 @@ Normalisation is not done here: batches are uint8 until they are on the device.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from model.augment import jitter, rand_augment, random_resized_crop
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
@@ -70,39 +70,12 @@ def select(root: Path, samples: list[Sample], fraction: float, split: Split) -> 
     return [s for s in samples if held_out(s.path.relative_to(root).as_posix(), fraction) == wanted]
 
 
-def random_resized_crop(image: Image.Image, size: int, min_area: float, rng: np.random.Generator) -> Image.Image:
-    """A random part of at least `min_area` of the image, sides 3:4 to 4:3, resized to size x size
-    (Szegedy et al., 2015)."""
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * rng.uniform(min_area, 1.0)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if w <= width and h <= height:
-            break
-    else:
-        w = h = float(min(width, height))
-    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
-
-
 def resize_and_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
     """Short side to `resize`, centre crop of `crop`, in one bicubic resampling."""
     scale = min(image.size) / resize
     side = crop * scale
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((crop, crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-
-
-def jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast and saturation, each times 1 +- strength. image (H, W, 3) uint8."""
-    x = image.astype(np.float32)
-    x *= rng.uniform(1 - strength, 1 + strength)
-    mean = x.mean()
-    x = (x - mean) * rng.uniform(1 - strength, 1 + strength) + mean
-    grey = x @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    x = (x - grey[..., None]) * rng.uniform(1 - strength, 1 + strength) + grey[..., None]
-    return np.clip(x, 0, 255).astype(np.uint8)
 
 
 class EvalImages(Dataset[tuple[Tensor, int]]):
@@ -122,10 +95,14 @@ class EvalImages(Dataset[tuple[Tensor, int]]):
 
 
 class TrainImages(Dataset[tuple[Tensor, int]]):
-    """The training transform: random crop, flip, colour. Set `epoch` before each pass."""
+    """The training transform: random crop, RandAugment of magnitude `rand_augment`, colour, flip; 0 is without.
+    Set `epoch` before each pass."""
 
-    def __init__(self, samples: list[Sample], size: int, min_area: float, colour: float, seed: int) -> None:
+    def __init__(
+        self, samples: list[Sample], size: int, min_area: float, colour: float, seed: int, rand_augment: float = 0.0
+    ) -> None:
         self.samples, self.size, self.min_area, self.colour, self.seed = samples, size, min_area, colour, seed
+        self.rand_augment = rand_augment
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -134,8 +111,11 @@ class TrainImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        with Image.open(sample.path) as image:
-            pixels = np.asarray(random_resized_crop(image.convert("RGB"), self.size, self.min_area, rng))
+        with Image.open(sample.path) as file:
+            image = random_resized_crop(file.convert("RGB"), self.size, self.min_area, rng)
+        if self.rand_augment:
+            image = rand_augment(image, self.rand_augment, rng)
+        pixels = np.asarray(image)
         if self.colour:
             pixels = jitter(pixels, self.colour, rng)
         if rng.random() < 0.5:
@@ -171,32 +151,6 @@ class Normalize:
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
-
-
-def mix(
-    images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float, probability: float,
-    smoothing: float, rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019), one of the two, for a whole batch with probability
-    `probability`; labels become smoothed distributions. images (B, 3, H, W), labels (B,) -> same, (B, K)."""
-    off = smoothing / num_classes
-    targets = F.one_hot(labels, num_classes).float() * (1 - smoothing) + off
-    choices = [name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
-    if not choices or rng.random() >= probability:
-        return images, targets
-    order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
-    if choices[rng.integers(len(choices))] == "mixup":
-        lam = float(rng.beta(mixup, mixup))
-        images = images * lam + images[order] * (1 - lam)
-    else:
-        lam = float(rng.beta(cutmix, cutmix))
-        H, W = images.shape[-2:]
-        h, w = int(H * math.sqrt(1 - lam)), int(W * math.sqrt(1 - lam))
-        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
-        images = images.clone()
-        images[..., top : top + h, left : left + w] = images[order][..., top : top + h, left : left + w]
-        lam = 1 - h * w / (H * W)
-    return images, targets * lam + targets[order] * (1 - lam)
 
 
 def eval_loader(

@@ -39,7 +39,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def micro_checkpoint(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The micro variant after eight epochs."""
-    from model.train import RECIPES, train
+    from model.recipes import RECIPES
+    from model.train import train
 
     recipe = replace(RECIPES["micro"], epochs=8, lr=4e-3, held_out=HELD_OUT, mix_probability=0.0)
     return train(image_folder, tmp_path_factory.mktemp("run"), recipe)

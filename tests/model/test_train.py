@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from model.augment import OPERATIONS, erase, mix, rand_augment
 from model.checkpoint import CheckpointError, load_model, load_tensors, save_model
 from model.config import variant
-from model.data import EpochSampler, TrainImages, held_out, mix, scan_image_folder, select
+from model.data import EpochSampler, TrainImages, held_out, scan_image_folder, select
 from model.dvt import DVT
 from model.evaluate import exit_logits
 from model.losses import cascade_loss
-from model.train import RECIPES, Recipe, learning_rate, train
+from model.recipes import RECIPES, Recipe
+from model.train import build_optimizer, initial_model, learning_rate, parameter_groups, train
 from server.calibrate import held_out as held_out_by_the_server
 
 SHORT = replace(RECIPES["micro"], epochs=2, held_out=0.5)
@@ -115,6 +120,113 @@ def test_mixed_images_have_the_labels_of_what_they_show(kind: str):
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
     # The mean shade is the labels' mixture, in either way of mixing.
     torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), targets @ torch.arange(4.0))
+
+
+def test_rand_augment_changes_images_and_nothing_else_about_them():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    seen = []
+    for seed in range(60):
+        changed = rand_augment(image, 9.0, np.random.default_rng(seed))
+        again = rand_augment(image, 9.0, np.random.default_rng(seed))
+        assert (changed.size, changed.mode) == (image.size, "RGB")
+        assert np.array_equal(changed, again)
+        seen.append(np.asarray(changed).tobytes())
+    assert len(set(seen)) > 25  # about a quarter is left as it is
+
+
+@pytest.mark.parametrize("number", range(len(OPERATIONS)))
+def test_every_operation_of_rand_augment_does_something(number: int):
+    y, x = np.mgrid[0:40, 0:60]
+    grain = np.random.default_rng(0).integers(0, 20, (40, 60, 1))
+    image = Image.fromarray((np.stack([x * 3, y * 5, 30 + x + y], axis=-1) + grain).astype(np.uint8))
+    changed = OPERATIONS[number](image, 0.9, 1)
+    assert (changed.size, changed.mode) == (image.size, "RGB")
+    assert not np.array_equal(changed, image)
+
+
+def test_erasing_replaces_a_rectangle_in_some_images():
+    images = torch.full((200, 3, 32, 32), 7.0)
+    erased = erase(images, 0.25, np.random.default_rng(0))
+    assert (images == 7.0).all()
+    gone = (erased != 7.0).all(dim=1)
+    assert 30 <= int(gone.flatten(1).any(dim=1).sum()) <= 70
+    for mask in gone[gone.flatten(1).any(dim=1)]:
+        rows, columns = mask.any(dim=1), mask.any(dim=0)
+        assert int(mask.sum()) == int(rows.sum() * columns.sum())  # a full rectangle
+        assert 0.01 < mask.float().mean() < 0.36
+
+
+@pytest.fixture
+def patches(tmp_path: Path) -> Path:
+    """A checkpoint without dropout and batch norm: nothing in it depends on how a batch is cut up."""
+    torch.manual_seed(3)
+    path = tmp_path / "patches.safetensors"
+    save_model(path, DVT(variant("micro", tokenizer="patch", qkv_bias=True)))
+    return path
+
+
+PLAIN = replace(SHORT, mix_probability=0.0, epochs=2)
+
+
+def test_a_batch_in_parts_trains_as_the_whole_one(image_folder: Path, tmp_path: Path, patches: Path):
+    curves = []
+    for parts in (1, 4):
+        run = tmp_path / str(parts)
+        train(image_folder, run, replace(PLAIN, accumulate=parts), start=patches)
+        curves.append(losses(run))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][0] != curves[0][1]
+
+
+def test_two_processes_train_as_one(image_folder: Path, tmp_path: Path, patches: Path):
+    train(image_folder, tmp_path / "one", PLAIN, start=patches)
+    options = [f"--set={f}={getattr(PLAIN, f)}" for f in ("epochs", "held_out", "mix_probability")]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "server", "train"]
+    ran = subprocess.run(
+        [sys.executable, *command, str(image_folder), str(tmp_path / "two"), "--recipe=micro", f"--from={patches}",
+         "--threads=1", *options],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (load_tensors(tmp_path / name / "model.safetensors")[0] for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=1e-3)
+
+
+def test_fine_tuning_keeps_the_backbone_and_makes_a_head_for_other_classes(patches: Path):
+    source, _ = load_model(patches)
+    recipe = replace(PLAIN, mean=(0.5, 0.4, 0.3), drop_path=0.2)
+    same = initial_model(recipe, ("a", "b", "c", "d"), patches)
+    other = initial_model(recipe, ("a", "b", "c"), patches)
+    assert torch.equal(same.stages[1].head.weight, source.stages[1].head.weight)
+    assert other.stages[1].head.weight.shape == (3, 32)
+    assert torch.equal(other.stages[1].blocks[0].attn.qkv.weight, source.stages[1].blocks[0].attn.qkv.weight)
+    assert other.config.labels == ("a", "b", "c")
+    assert other.config.mean == (0.5, 0.4, 0.3)
+    assert other.config.tokenizer == "patch"
+    assert other.stages[0].blocks[-1].drop_path.rate == 0.2
+
+
+def test_heads_may_learn_faster_than_the_backbone():
+    model = DVT(variant("micro"))
+    recipe = replace(RECIPES["fine-tune"], backbone_lr=0.01)
+    groups = parameter_groups(model, recipe)
+    scales = {id(p): group["scale"] for group in groups for p in group["params"]}
+    assert scales[id(model.stages[0].head.weight)] == 1.0
+    assert scales[id(model.stages[0].blocks[0].attn.qkv.weight)] == 0.01
+    assert isinstance(build_optimizer(model, recipe), torch.optim.SGD)
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays[id(model.stages[0].cls_token)] == 0.0
+    assert decays[id(model.stages[0].head.weight)] == recipe.weight_decay
+
+
+def test_after_the_cosine_the_rate_stays_at_its_floor_for_the_cooldown(image_folder: Path, tmp_path: Path):
+    recipe = replace(PLAIN, epochs=1, cooldown_epochs=2, min_lr=1e-5, rand_augment=9.0, erasing=0.5)
+    train(image_folder, tmp_path / "run", recipe)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rates) == 3
+    assert rates[1:] == pytest.approx([1e-5, 1e-5])
 
 
 def test_the_loss_is_the_plain_sum_over_exits():

@@ -1,0 +1,101 @@
+"""How variants are trained, as numbers: one frozen record per recipe, and the table of recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train a variant. The table `RECIPES` holds the ones whose results are reported."""
+
+    variant: str
+    epochs: int = 300
+    warmup_epochs: int = 5
+    batch_size: int = 128  # of the whole run, shared out over its processes
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    weight_decay: float = 0.05
+    ema_decay: float = 0.9998
+    clip_norm: float = 1.0
+    min_area: float = 0.08  # random resized crop
+    colour: float = 0.4
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mix_probability: float = 1.0
+    clean_epochs: int = 0  # the last epochs, in which no images are mixed: they come to see what they will be asked
+    smoothing: float = 0.1
+    held_out: float = 0.08  # slice of the training images that is kept for calibration
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = 0
+    rand_augment: float = 0.0  # magnitude, 0 to 10; 0: without
+    erasing: float = 0.0  # probability of random erasing
+    drop_path: float | None = None  # in place of the variant's
+    cooldown_epochs: int = 0  # after the others, at min_lr
+    accumulate: int = 1  # parts that a batch is cut into, so that it fits into memory
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    backbone_lr: float = 1.0  # factor on the rate of everything but the heads, for fine-tuning
+    mean: tuple[float, ...] = ()  # of the images, per channel; empty: the variant's
+    std: tuple[float, ...] = ()
+
+    @property
+    def all_epochs(self) -> int:
+        return self.epochs + self.cooldown_epochs
+
+
+def _imagenet(variant: str, batch_size: int, lr: float, weight_decay: float) -> Recipe:
+    """What the paper's authors train with on ImageNet (their supplement)."""
+    return Recipe(
+        variant=variant,
+        epochs=300,
+        warmup_epochs=20,
+        cooldown_epochs=10,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        ema_decay=0.99996,
+        rand_augment=9.0,
+        erasing=0.25,
+        drop_path=0.1,
+        held_out=0.02,
+        precision="bf16",
+    )
+
+
+RECIPES: dict[str, Recipe] = {
+    "micro": Recipe(variant="micro", epochs=2, warmup_epochs=0, batch_size=16, ema_decay=0.9, held_out=0.2),
+    "t2t-vit-12": _imagenet("t2t-vit-12", batch_size=1024, lr=2e-3, weight_decay=0.03),
+    "t2t-vit-14": _imagenet("t2t-vit-14", batch_size=512, lr=5e-4, weight_decay=0.05),
+    "deit-small": _imagenet("deit-small", batch_size=1024, lr=1e-3, weight_decay=0.05),
+    # From ImageNet to small photographs enlarged to 224 pixels; start it with --from.
+    "fine-tune": Recipe(
+        variant="t2t-vit-12",
+        epochs=60,
+        warmup_epochs=0,
+        batch_size=512,
+        lr=0.05,
+        min_lr=0.0,
+        backbone_lr=0.01,
+        optimizer="sgd",
+        weight_decay=5e-4,
+        ema_decay=0.999,
+        mix_probability=0.0,
+        smoothing=0.0,
+        precision="bf16",
+    ),
+    # The embedded model. So few epochs ask for little augmentation: mild crops, every other batch cut and mixed.
+    "photo10": Recipe(
+        variant="photo10",
+        epochs=44,
+        warmup_epochs=3,
+        lr=1e-3,
+        ema_decay=0.998,
+        min_area=0.5,
+        colour=0.0,
+        mixup=0.0,
+        mix_probability=0.5,
+        clean_epochs=4,
+        precision="bf16",
+    ),
+}
