@@ -20,7 +20,7 @@ from export.savings import ALL, Saving, save
 from model.config import DVTConfig
 from model.dvt import DVT, Stage
 from model.layers import Attention
-from model.reuse import ReuseState
+from model.reuse import ReuseState, features_shape
 
 IMAGE = "image"
 ANSWER = ("logits", "probabilities", "confidence")
@@ -69,7 +69,8 @@ class StageGraph(nn.Module):
         for module in self.stage.modules():
             if isinstance(module, Attention):
                 module.attend = onnx_attention
-        save(self.stage, onnx_attention, savings)
+        if model.config.feature_design == "final":  # an ablation is exported as it is
+            save(self.stage, onnx_attention, savings)
         std = torch.tensor(model.config.std).view(1, 3, 1, 1) * 255
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -torch.tensor(model.config.mean).view(1, 3, 1, 1) * 255 / std)
@@ -122,9 +123,9 @@ class StageGraph(nn.Module):
 
 def _state_shapes(config: DVTConfig, number: int) -> dict[str, TensorShape]:
     """State that stage `number` leaves."""
-    n = config.grids[number - 1] ** 2
-    channels = config.depth * config.num_heads
-    shapes: tuple[tuple[int | str, ...], ...] = (("B", n, config.embed_dim), ("B", channels, n + 1, n + 1))
+    grid = config.grids[number - 1]
+    n, channels = grid * grid, config.depth * config.num_heads
+    shapes: tuple[tuple[int | str, ...], ...] = (("B", *features_shape(config, grid)), ("B", channels, n + 1, n + 1))
     # Named after the stage that leaves them: a graph may not have an input and an output of one name.
     names = (f"features_{number}", f"relations_{number}")
     return {name: TensorShape("float32", shape) for name, shape in zip(names, shapes, strict=True)}

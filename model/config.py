@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+FeatureDesign = Literal["final", "layer-wise", "class-token", "first-layer", "no-norm"]
+"""What f_l takes and where it goes. "final": every layer reuses the last features of the stage before. The others are
+the paper's ablations (Table 5): layer l reuses layer l's features; the class token's feature as well; only the first
+layer reuses; no LayerNorm in f_l."""
+
+RelationDesign = Literal["all-layers", "layer-wise", "final-layer", "linear", "naive-upsampling"]
+"""What r_l is made from. "all-layers": an MLP over the logits of all layers. The others are the paper's ablations
+(Table 6): each layer's from its own; all from the last layer's; a linear map for the MLP; upsampling along the flat
+list of tokens, as if they lay on a line."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,8 @@ class DVTConfig:
     norm_eps: float
     feature_reuse: bool = True
     relation_reuse: bool = True
+    feature_design: FeatureDesign = "final"
+    relation_design: RelationDesign = "all-layers"
     reuse_hidden: int = 128  # hidden width of the feature-reuse MLP
     reuse_dim: int = 48  # channels that feature reuse adds in front of each MLP
     stem_dim: int = 64  # "conv" tokenizer only: channels of its stem
@@ -46,6 +59,9 @@ class DVTConfig:
             raise ValueError(f"{self.name}: grids must be at least two and rise, got {self.grids}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"{self.name}: embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        for field, designs in (("feature_design", FeatureDesign), ("relation_design", RelationDesign)):
+            if getattr(self, field) not in get_args(designs):
+                raise ValueError(f"{self.name}: {field} is one of {', '.join(get_args(designs))}")
         if self.labels and len(self.labels) != self.num_classes:
             raise ValueError(f"{self.name}: {len(self.labels)} labels for {self.num_classes} classes")
 

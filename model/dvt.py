@@ -37,6 +37,8 @@ class Stage(nn.Module):
         self.hands_on = index + 1 < config.num_stages
         reuses_features = config.feature_reuse and index > 0
         reuses_relations = config.relation_reuse and index > 0
+        first_only = config.feature_design == "first-layer"
+        self.feature_design = config.feature_design
 
         self.tokenizer = build_tokenizer(config, grid)
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, D), std=0.02))
@@ -51,7 +53,7 @@ class Stage(nn.Module):
                 config.mlp_hidden,
                 config.qkv_bias,
                 config.norm_eps,
-                config.reuse_dim if reuses_features else 0,
+                config.reuse_dim if reuses_features and (layer == 0 or not first_only) else 0,
                 config.drop_path * layer / max(config.depth - 1, 1),
             )
             for layer in range(config.depth)
@@ -71,14 +73,24 @@ class Stage(nn.Module):
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed  # (B, N, D)
         mixed = self.relation_reuse(state.relations) if self.relation_reuse is not None and state is not None else None
         features = self.feature_reuse(state.features) if self.feature_reuse is not None and state is not None else None
-        relations = []
+        relations, outputs = [], []
         for layer, block in enumerate(self.blocks):
             relation = self.relation_reuse.layer(mixed, layer) if self.relation_reuse is not None else None
             x, logits = block(x, relation, None if features is None else features[layer])
             if self.hands_on:
                 relations.append(logits)
-        handed_on = ReuseState(x[:, 1:], torch.cat(relations, dim=1)) if self.hands_on else None
+                outputs.append(x)
+        handed_on = ReuseState(self._features(outputs), torch.cat(relations, dim=1)) if self.hands_on else None
         return self.head(self.norm(x[:, 0])), handed_on  # LayerNorm is per token: only the class token's is needed
+
+    def _features(self, outputs: list[Tensor]) -> Tensor:
+        """Of the blocks' outputs, each (B, N, D), what the next stage reuses."""
+        match self.feature_design:
+            case "layer-wise":
+                return torch.stack([x[:, 1:] for x in outputs], dim=1)
+            case "class-token":
+                return outputs[-1]
+        return outputs[-1][:, 1:]
 
 
 class DVT(nn.Module):

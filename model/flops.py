@@ -58,8 +58,9 @@ def as_published(model: DVT) -> Iterator[None]:
         replace(stage.norm, "forward", _norm_all_tokens(stage.norm, stage.pos_embed.shape[1]))
         for layer in stage.feature_reuse or ():
             assert isinstance(layer, LayerFeatures)
-            replace(layer, "forward", _reuse_features(layer))
-        if stage.relation_reuse is not None:
+            if model.config.feature_design != "class-token":
+                replace(layer, "forward", _reuse_features(layer))
+        if stage.relation_reuse is not None and model.config.relation_design != "naive-upsampling":
             replace(stage.relation_reuse, "layer", _reuse_relations(stage.relation_reuse))
     try:
         yield
