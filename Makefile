@@ -18,10 +18,10 @@ INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c cons
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would trip over each other
-.PHONY: help setup serve test lint format
+.PHONY: help setup serve test ablations lint format
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(DEVELOPMENT) ## .venv with everything for development
 
@@ -30,6 +30,9 @@ serve: $(SERVING) ## set up what serving needs, and serve on PORT=8000
 
 test: lint ## set up, check style, types and import contracts, and run the tests
 	$(VENV)/bin/python -m pytest
+
+ablations: $(DEVELOPMENT) ## train the paper's ablations in small: hours. TRAIN=… TEST=… image folders
+	$(VENV)/bin/python -m benchmarks.ablations $(TRAIN) $(TEST) runs/ablations --out
 
 lint: $(DEVELOPMENT) ## ruff, mypy and import-linter
 	$(VENV)/bin/ruff check .

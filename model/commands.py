@@ -44,7 +44,7 @@ def train(
     Examples:
       dvt train photo10/train runs/photo10
       dvt train photo10/train runs/photo10 --resume
-      dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3
+      dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3 --set variant.grids=4,8
       dvt train cifar10/train runs/cifar --recipe fine-tune --from t2t-vit-12.safetensors
     """
     import torch
@@ -120,24 +120,49 @@ def _triple(name: str, text: str) -> tuple[float, ...]:
     return values
 
 
-# Fields whose default does not tell how to read them.
-_PARSERS: dict[str, Any] = {
-    "drop_path": float,
-    "mean": lambda text: _triple("set mean", text),
-    "std": lambda text: _triple("set std", text),
-}
-
-
 def _parse(changes: list[str], recipe: Any) -> dict[str, Any]:
-    """FIELD=VALUE texts, each value of the type that the recipe's field has."""
-    known = {field.name: _PARSERS.get(field.name, type(getattr(recipe, field.name))) for field in fields(recipe)}
-    values: dict[str, Any] = {}
+    """FIELD=VALUE texts, each value of the type that the recipe's field has; variant.FIELD is one of its variant's."""
+    from model.config import variant
+
+    known = {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "changes"}
+    known |= {"drop_path": 0.0, "mean": (0.0,), "std": (0.0,)}
+    config = variant(recipe.variant)
+    known |= {f"variant.{field.name}": getattr(config, field.name) for field in fields(config)}
+    values: dict[str, Any] = {"changes": dict(recipe.changes)}
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or name not in known:
-            raise click.UsageError(f"--set {change}: expected FIELD=VALUE with one of {', '.join(known)}")
-        try:
-            values[name] = known[name](text)
-        except ValueError:
-            raise click.UsageError(f"--set {change}: not {getattr(known[name], '__name__', 'a number')}") from None
+            shown = [name for name in known if not name.startswith("variant.")]
+            raise click.UsageError(
+                f"--set {change}: expected FIELD=VALUE with one of {', '.join(shown)}, or variant.FIELD"
+            )
+        value = _value(text, known[name])
+        if value is None:
+            raise click.UsageError(f"--set {change}: not {_words(known[name])}")
+        if name.startswith("variant."):
+            values["changes"][name.removeprefix("variant.")] = value
+        else:
+            values[name] = value
     return values
+
+
+def _value(text: str, like: Any) -> Any:
+    """`text` as a value of the type of `like`; None where it is not one."""
+    try:
+        match like:
+            case bool():
+                return {"true": True, "false": False}.get(text.lower())
+            case tuple():
+                return tuple(type(like[0])(part) for part in text.split(","))
+        return type(like)(text)
+    except ValueError:
+        return None
+
+
+def _words(like: Any) -> str:
+    match like:
+        case bool():
+            return "true or false"
+        case tuple():
+            return f"a list of {type(like[0]).__name__}, separated by commas"
+    return type(like).__name__

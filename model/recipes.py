@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Recipe:
     accumulate: int = 1  # parts that a batch is cut into, so that it fits into memory
     optimizer: Literal["adamw", "sgd"] = "adamw"
     backbone_lr: float = 1.0  # factor on the rate of everything but the heads, for fine-tuning
+    changes: dict[str, Any] = field(default_factory=dict)  # to the variant: fields of DVTConfig
     mean: tuple[float, ...] = ()  # of the images, per channel; empty: the variant's
     std: tuple[float, ...] = ()
 
@@ -82,6 +83,21 @@ RECIPES: dict[str, Recipe] = {
         ema_decay=0.999,
         mix_probability=0.0,
         smoothing=0.0,
+        precision="bf16",
+    ),
+    # Small enough to train many of them on a processor: to compare designs, not to be used.
+    "ablation": Recipe(
+        variant="photo10",
+        changes={"embed_dim": 64, "mlp_hidden": 128, "stem_dim": 32, "reuse_hidden": 32, "reuse_dim": 16},
+        epochs=10,
+        warmup_epochs=1,
+        lr=1e-3,
+        ema_decay=0.995,
+        min_area=0.5,
+        colour=0.0,
+        mixup=0.0,
+        mix_probability=0.5,
+        clean_epochs=1,
         precision="bf16",
     ),
     # The embedded model. So few epochs ask for little augmentation: mild crops, every other batch cut and mixed.

@@ -66,8 +66,9 @@ class LayerFeatures(nn.Module):
     def __init__(self, config: DVTConfig, source: int, target: int) -> None:
         super().__init__()
         self.source, self.target = source, target
-        plain = config.feature_design == "no-norm"
-        self.norm = nn.Identity() if plain else nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        if config.feature_design == "no-norm":
+            self.norm = nn.Identity()  # type: ignore[assignment]
         self.mlp = Mlp(config.embed_dim, config.reuse_hidden, config.reuse_dim)
         axis = upsample_matrix(source, target)
         square = torch.kron(axis, axis)  # (N, n)

@@ -188,7 +188,7 @@ class Run:
 def initial_model(recipe: Recipe, labels: tuple[str, ...], start: Path | None) -> DVT:
     """A new network for these classes; with `start`, from a checkpoint, whose head is kept where it has as many
     classes. Raises CheckpointError."""
-    changes: dict[str, Any] = {"num_classes": len(labels), "labels": labels}
+    changes: dict[str, Any] = {**recipe.changes, "num_classes": len(labels), "labels": labels}
     changes |= {} if recipe.drop_path is None else {"drop_path": recipe.drop_path}
     changes |= {field: given for field in ("mean", "std") if (given := getattr(recipe, field))}
     torch.manual_seed(recipe.seed)  # the same initial weights in every process

@@ -167,6 +167,7 @@ class Service:
         self.phase = Phase.STOPPED
         await self.decoder.close()
         await self.batcher.close()
+        await self.budget.close()
 
 
 class ThinRoute(APIRoute):

@@ -195,6 +195,8 @@ class BudgetController:
         self._callbacks = [on_change] if on_change else []
         self._swap = asyncio.Lock()
         self._commits: set[asyncio.Task[None]] = set()
+        self._syncing: asyncio.Task[None] | None = None
+        self._synced = True
         version, solution = self._first()
         self._adopt(version, solution)
 
@@ -267,6 +269,25 @@ class BudgetController:
             await asyncio.to_thread(self._store.save, policy)
             self._adopt(policy.version, solution)
         self._tell()
+        self._synced = False
+        if self._syncing is None:
+            self._syncing = asyncio.create_task(self._sync())
+
+    async def _sync(self) -> None:
+        """Behind the answer: a disk takes several milliseconds to say that it has something."""
+        try:
+            while not self._synced:
+                self._synced = True
+                await asyncio.to_thread(self._store.sync)
+        except StoreUnavailable as error:
+            log.warning("the budget would not outlive a power failure: %s", error.detail)
+        finally:
+            self._syncing = None
+
+    async def close(self) -> None:
+        """Wait until what was stored is on the disk."""
+        if self._syncing is not None:
+            await self._syncing
 
     def _commit_done(self, commit: asyncio.Task[None]) -> None:
         self._commits.discard(commit)

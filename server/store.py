@@ -34,7 +34,12 @@ class PolicyStore(Protocol):
         ...
 
     def save(self, policy: Policy) -> None:
-        """Durable when it returns. Raises StoreUnavailable where it could not be: the one before then still stands."""
+        """Outlives this process when it returns. Raises StoreUnavailable where it could not be stored: the one before
+        then still stands."""
+        ...
+
+    def sync(self) -> None:
+        """Make what was saved last outlive a power failure. May take long. Raises StoreUnavailable; it stays saved."""
         ...
 
 
@@ -50,46 +55,45 @@ class MemoryStore:
     def save(self, policy: Policy) -> None:
         self._policy = policy
 
+    def sync(self) -> None:
+        pass
+
 
 class FileStore:
-    """One JSON file, replaced in one step: a reader, or a start after a crash, finds the old policy or the new one."""
+    """Two JSON files, each replaced in one step. `save` writes `<name>.new`, which any later process reads; `sync` then
+    writes `<name>` and waits for the disk, which can take longer than an operator's answer should.
+
+    A power failure can leave `<name>.new` empty: then `<name>` counts, the last policy that was synced.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._new = self.path.with_name(f"{self.path.name}.new")
+        self._saved = ""
 
     def load(self) -> Policy | None:
-        try:
-            document = json.loads(self.path.read_bytes())
-            version, target, hold = document["version"], document["target"], document["hold"]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreUnavailable(f"{self.path}: cannot be read ({type(error).__name__}: {error})") from None
-        if type(version) is not int or version < 1 or not isinstance(target, dict) or not isinstance(hold, str):
-            raise StoreUnavailable(f"{self.path}: does not hold a budget")
-        return Policy(version, target, hold)
+        policies, errors = [], []
+        for path in (self.path, self._new):
+            try:
+                policies.append(_read(path))
+            except FileNotFoundError:
+                pass
+            except StoreUnavailable as error:
+                errors.append(error)
+        if not policies and errors:
+            raise errors[0]
+        for unread in errors:
+            log.warning("not used: %s", unread.detail)
+        return max(policies, key=lambda policy: policy.version, default=None)
 
     def save(self, policy: Policy) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-            try:
-                with open(descriptor, "w", encoding="utf-8") as stream:
-                    json.dump(asdict(policy), stream, sort_keys=True, allow_nan=False)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(temporary, self.path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary)
-                raise
-        except OSError as error:
-            raise StoreUnavailable(f"the budget could not be stored: {error.strerror or error}") from error
-        self._sync_folder()
+        text = json.dumps(asdict(policy), sort_keys=True, allow_nan=False)
+        _replace(self._new, text, durable=False)
+        self._saved = text
 
-    def _sync_folder(self) -> None:
-        """Make the rename itself durable. It has taken effect and cannot be taken back, so a failure is only noted."""
-        try:
+    def sync(self) -> None:
+        _replace(self.path, self._saved, durable=True)
+        try:  # the rename has taken effect; that it is on the disk, too, is not worth an error
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -97,3 +101,37 @@ class FileStore:
                 os.close(folder)
         except OSError as error:
             log.warning("%s: the folder could not be synced: %s", self.path.parent, error)
+
+
+def _read(path: Path) -> Policy:
+    """Raises FileNotFoundError and StoreUnavailable."""
+    try:
+        document = json.loads(path.read_bytes())
+        version, target, hold = document["version"], document["target"], document["hold"]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreUnavailable(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    if type(version) is not int or version < 1 or not isinstance(target, dict) or not isinstance(hold, str):
+        raise StoreUnavailable(f"{path}: does not hold a budget")
+    return Policy(version, target, hold)
+
+
+def _replace(path: Path, text: str, durable: bool) -> None:
+    """A reader finds the old text or the new one. Raises StoreUnavailable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                if durable:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise StoreUnavailable(f"the budget could not be stored: {error.strerror or error}") from error

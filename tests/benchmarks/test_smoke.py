@@ -88,3 +88,10 @@ def test_results_tell_machine_versions_and_command_but_no_path(run: Run, tmp_pat
     assert str(tmp_path.parent) not in str(results)
     assert results["versions"]["python"]
     assert results["machine"]["usable_cores"] >= 1
+
+
+def test_savings_change_no_logits(run: Run) -> None:
+    results = run("savings", "--variant", "micro", "--rounds", "2", "--cases", "both")
+    figures = results["figures"]
+    assert figures["stage3_batch4_logits"] <= 1e-5
+    assert figures["stage3_batch1_both_ratio"] > 0

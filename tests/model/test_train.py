@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 
 from model.augment import OPERATIONS, erase, mix, rand_augment
 from model.checkpoint import CheckpointError, load_model, load_tensors, save_model
+from model.commands import _parse
 from model.config import variant
 from model.data import EpochSampler, TrainImages, held_out, scan_image_folder, select
 from model.dvt import DVT
@@ -192,6 +194,38 @@ def test_two_processes_train_as_one(image_folder: Path, tmp_path: Path, patches:
     one, two = (load_tensors(tmp_path / name / "model.safetensors")[0] for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=1e-3)
+
+
+def test_the_command_line_changes_a_recipe_and_its_variant():
+    values = _parse(
+        ["lr=1e-3", "mean=0.5,0.4,0.3", "drop_path=0.1", "variant.grids=2,4", "variant.feature_reuse=false"],
+        RECIPES["micro"],
+    )
+    assert values == {
+        "lr": 1e-3,
+        "mean": (0.5, 0.4, 0.3),
+        "drop_path": 0.1,
+        "changes": {"grids": (2, 4), "feature_reuse": False},
+    }
+    model = initial_model(replace(RECIPES["micro"], **values), ("a", "b"), None)
+    assert model.config.grids == (2, 4)
+    assert model.stages[1].feature_reuse is None
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ("speed=9", "expected FIELD=VALUE with one of variant, epochs"),
+        ("epochs", "expected FIELD=VALUE"),
+        ("epochs=x", "not int"),
+        ("variant.qkv_bias=maybe", "not true or false"),
+        ("variant.grids=a,b", "a list of int"),
+        ("variant.speed=9", "expected FIELD=VALUE"),
+    ],
+)
+def test_a_change_that_makes_no_sense_is_refused(change: str, cause: str):
+    with pytest.raises(click.UsageError, match=cause):
+        _parse([change], RECIPES["micro"])
 
 
 def test_fine_tuning_keeps_the_backbone_and_makes_a_head_for_other_classes(patches: Path):

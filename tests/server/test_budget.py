@@ -253,7 +253,67 @@ async def test_it_survives_a_restart(frontier: Frontier, tmp_path: Path) -> None
     await budget.put({"gmacs": 0.8})
     last = await budget.put({"accuracy": 0.75}, "quality")
     assert BudgetController(frontier, FileStore(path)).state() == last
-    assert [file.name for file in path.parent.iterdir()] == ["budget.json"], "no temporary file is left"
+    await budget.close()
+    assert BudgetController(frontier, FileStore(path)).state() == last
+    names = sorted(file.name for file in path.parent.iterdir())
+    assert names == ["budget.json", "budget.json.new"], "no temporary file is left"
+
+
+class SlowDisk(MemoryStore):
+    """Takes what it is given at once, and needs the gate to have it on the disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.synced: list[Policy | None] = []
+
+    def sync(self) -> None:
+        assert self.gate.wait(10)
+        self.synced.append(self.load())
+
+
+async def test_an_answer_does_not_wait_for_the_disk_and_the_end_does(frontier: Frontier) -> None:
+    store = SlowDisk()
+    budget = BudgetController(frontier, store)
+    for gmacs in (0.8, 1.0, 1.2):
+        await budget.put({"gmacs": gmacs})
+    assert store.synced == []
+    closing = asyncio.create_task(budget.close())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    store.gate.set()
+    await closing
+    assert store.synced[-1] == Policy(4, {"gmacs": 1.2}, "cost")
+    assert len(store.synced) <= 2, "what came while the disk was busy is synced in one"
+
+
+async def test_a_disk_that_fails_behind_the_answer_is_told_to_the_log(
+    frontier: Frontier, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(MemoryStore):
+        def sync(self) -> None:
+            raise StoreUnavailable("no space left on device")
+
+    budget = BudgetController(frontier, Failing())
+    with caplog.at_level(logging.WARNING):
+        await budget.put({"gmacs": 1.0})
+        await budget.close()
+    assert "would not outlive a power failure: no space left" in caplog.text
+    await budget.put({"gmacs": 1.2})
+    await budget.close()
+
+
+@pytest.mark.parametrize("text", ["", '{"version": 9', "{}"])
+def test_after_a_power_failure_the_last_policy_that_was_synced_counts(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    store.save(Policy(3, {"gmacs": 1.0}, "cost"))
+    store.sync()
+    (tmp_path / "budget.json.new").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert FileStore(tmp_path / "budget.json").load() == Policy(3, {"gmacs": 1.0}, "cost")
+    assert "budget.json.new" in caplog.text
 
 
 async def test_what_the_cost_loop_made_of_a_target_is_not_stored(frontier: Frontier, tmp_path: Path) -> None:
@@ -310,7 +370,8 @@ def test_a_save_that_fails_leaves_the_policy_before_it_and_no_litter(tmp_path: P
     with pytest.raises(ValueError, match="JSON"):
         store.save(Policy(2, {"gmacs": float("nan")}, "cost"))
     assert store.load() == Policy(1, {"gmacs": 1.0}, "cost")
-    assert [file.name for file in tmp_path.iterdir()] == ["budget.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["budget.json.new"]
+    store.sync()
     assert json.loads((tmp_path / "budget.json").read_text()) == {
         "version": 1,
         "target": {"gmacs": 1.0},
