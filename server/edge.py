@@ -193,16 +193,21 @@ class WhileConnected:
     cancels it: one task a request, where waiting for the first of two would take two.
     """
 
-    __slots__ = ("_left", "_receive", "_task", "_watch")
+    __slots__ = ("_left", "_receive", "_soon", "_task", "_watch")
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._left = False
+        self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
+        # Not now: by then the block has handed its work to other threads, and nobody waits for the watch to be set up.
+        self._soon = asyncio.get_running_loop().call_soon(self._begin)
+
+    def _begin(self) -> None:
         self._watch = asyncio.get_running_loop().create_task(self._wait())
 
     async def _wait(self) -> None:
@@ -214,7 +219,9 @@ class WhileConnected:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watch.cancel()
+        self._soon.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         if self._left:
             self._task.uncancel()
             raise ClientLeft from None

@@ -21,9 +21,13 @@ ONE_IMAGE = Known((np.zeros((1, 1, 3), np.uint8),), np.array([[0.5], [0.7], [0.9
 BY_VERSION = {1: (0.4, 0.6, 0.0), 2: (0.6, 0.6, 0.0), 3: (0.6, 0.8, 0.0)}  # it leaves at exit 1, 2, 3
 
 
+def reply(status: int, body: bytes, content_type: str = "application/json") -> Reply:
+    return Reply(f"HTTP/1.1 {status} Whatever\r\nContent-Type: {content_type}".encode(), body)
+
+
 def answered(version: int, exit_: int, confidence: float, degraded: bool = False) -> Asked:
     result = {"exit": exit_, "confidence": confidence, "degraded": degraded}
-    return Asked(0, 0.0, 1.0, Reply(200, {}, json.dumps({"budget_version": version, "results": [result]}).encode()))
+    return Asked(0, 0.0, 1.0, reply(200, json.dumps({"budget_version": version, "results": [result]}).encode()))
 
 
 @pytest.mark.parametrize(("version", "exit_", "confidence"), [(1, 1, 0.5), (2, 2, 0.7), (3, 3, 0.9)])
@@ -46,7 +50,7 @@ def test_an_answer_of_mixed_thresholds_is_found(one: Asked) -> None:
 
 
 def posted(expect: str, status: int, body: bytes = b"{}", content_type: str = "application/problem+json") -> str:
-    return hostile.Posted("file", expect, Reply(status, {"content-type": content_type}, body), 0.0, 0.0).wrong
+    return hostile.Posted("file", expect, reply(status, body, content_type), 0.0, 0.0).wrong
 
 
 PROBLEM = json.dumps({"status": 415, "code": "unsupported_media_type", "detail": "it is no image"}).encode()
