@@ -18,7 +18,8 @@ from server.bundle import Bundle
 from server.calibrate import read_image_folder, record
 from server.engines import load_engine
 from server.evaluate import Evaluation, evaluate
-from server.frontier import FrontierRow, Records, evaluate_thresholds, geometric
+from server.families import geometric
+from server.frontier import FrontierRow, Records, evaluate_thresholds
 from server.settings import usable_cores
 
 

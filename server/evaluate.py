@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.frontier import NEVER, Frontier, FrontierRow, Records, budget_area, evaluate_thresholds, geometric
+from server.families import geometric
+from server.frontier import NEVER, Frontier, FrontierRow, Records, budget_area, evaluate_thresholds
 
 SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost
 

@@ -187,7 +187,7 @@ def sweep(
     that the table stays in memory. Raises ValueError for shapes that do not fit.
     """
     costs = np.asarray(stage_gmacs, dtype=np.float64)
-    records = _records(confidence, correct, costs)
+    records = as_records(confidence, correct, costs)
     exits, samples = records.correct.shape
     bins = max(1, min(bins, int(_MAX_PAIRS ** (1 / (exits - 1))) - 1))
 
@@ -227,30 +227,6 @@ def sweep(
     )
 
 
-def geometric(confidence: ArrayLike, correct: ArrayLike, stage_gmacs: Sequence[float]) -> tuple[FrontierRow, ...]:
-    """MSDNet's family of thresholds, as the authors' code draws it: kept for comparison.
-
-    For p = k/20, k = 1..59, a share proportional to p, p^2, p^3, ... of all images is to leave at each exit; exit by
-    exit the threshold is the confidence of the last image that may leave, among those still in.
-    """
-    costs = np.asarray(stage_gmacs, dtype=np.float64)
-    records = _records(confidence, correct, costs)
-    exits, samples = records.correct.shape
-    rows = []
-    for k in range(1, 60):
-        shares = (k / 20) ** np.arange(1, exits + 1)
-        quota = np.floor(samples * shares / shares.sum()).astype(int)
-        inside = np.ones(samples, dtype=bool)
-        thresholds = []
-        for stage in range(exits - 1):
-            ranked = np.sort(records.confidence[stage, inside])[::-1]
-            leaving = min(int(quota[stage]), len(ranked))
-            thresholds.append(float(ranked[leaving - 1]) if leaving else NEVER)
-            inside &= records.confidence[stage] < np.float32(thresholds[-1])
-        rows.append(evaluate_thresholds(records, thresholds, costs))
-    return tuple(rows)
-
-
 def budget_area(rows: Sequence[FrontierRow], low: float, high: float) -> float:
     """Mean accuracy over budgets from `low` to `high` GMAC: the area under the budget curve, divided by its width.
 
@@ -273,7 +249,8 @@ def wilson_lower(hits: int, samples: int) -> float:
     return max(0.0, (rate + z2 / (2 * samples) - spread) / (1 + z2 / samples))
 
 
-def _records(confidence: ArrayLike, correct: ArrayLike, costs: NDArray[np.float64]) -> Records:
+def as_records(confidence: ArrayLike, correct: ArrayLike, costs: NDArray[np.float64]) -> Records:
+    """Checked. confidence (E-1, N), correct (E, N), costs (E,). Raises ValueError for what does not fit."""
     c = np.asarray(confidence, dtype=np.float32)
     r = np.asarray(correct, dtype=bool)
     if costs.ndim != 1 or len(costs) < 2 or not np.all(np.isfinite(costs)) or np.any(np.diff(costs) <= 0):

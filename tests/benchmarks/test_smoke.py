@@ -95,3 +95,11 @@ def test_savings_change_no_logits(run: Run) -> None:
     figures = results["figures"]
     assert figures["stage3_batch4_logits"] <= 1e-5
     assert figures["stage3_batch1_both_ratio"] > 0
+
+
+def test_solvers_are_compared_and_none_beats_the_exact_one(run: Run) -> None:
+    figures = run("solvers", "--sizes", "400")["figures"]
+    for name in ("logged", "synthetic_400"):
+        for solver in ("sweep", "geometric", "genetic"):
+            pairs = zip(figures[f"{name}_{solver}"], figures[f"{name}_exact"], strict=True)
+            assert all(a <= b + 1e-9 for a, b in pairs if a == a and b == b), solver

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from benchmarks.exact import exact_best
 from server.frontier import (
     MAX_RECORDS,
     NEVER,
     Frontier,
     FrontierRow,
     budget_area,
-    geometric,
     sweep,
     wilson_lower,
 )
@@ -59,39 +59,6 @@ def brute_force(confidence: NDArray[np.float32], correct: NDArray[np.bool_], gma
         if not best or accuracy > best[-1][1]:
             best.append((cost, accuracy))
     return best
-
-
-def exact_best(confidence: NDArray[np.float32], correct: NDArray[np.bool_], budgets: list[float]) -> list[float]:
-    """The best accuracy within each budget over *all* pairs of thresholds, no bins: a sweep over the first threshold.
-
-    As it rises, images enter stage 2 one by one; a tree over the ranks of c2 keeps, under sum, the images that would
-    go on to stage 3. Here the tree is a running sum made anew for each step, which numpy does fast enough.
-    """
-    samples = confidence.shape[1]
-    gain12 = correct[1].astype(int) - correct[0]
-    gain23 = correct[2].astype(int) - correct[1]
-    values2, rank2 = np.unique(confidence[1], return_inverse=True)
-    counts, gains = np.zeros(len(values2) + 1, dtype=int), np.zeros(len(values2) + 1, dtype=int)
-    order = np.argsort(confidence[0], kind="stable")
-    best = np.full(len(budgets), -1)
-    at, entered, hits = 0, 0, int(correct[0].sum())
-    while True:
-        cost = GMACS[0] + ((GMACS[1] - GMACS[0]) * entered + (GMACS[2] - GMACS[1]) * np.cumsum(counts)) / samples
-        peak = np.maximum.accumulate(hits + np.cumsum(gains))
-        for number, budget in enumerate(budgets):
-            within = np.searchsorted(cost, budget + 1e-12, side="right")
-            if within:
-                best[number] = max(best[number], peak[within - 1])
-        if at == samples:
-            return [b / samples for b in best]
-        value = confidence[0, order[at]]
-        while at < samples and confidence[0, order[at]] == value:
-            image = order[at]
-            entered += 1
-            hits += int(gain12[image])
-            counts[rank2[image] + 1] += 1
-            gains[rank2[image] + 1] += int(gain23[image])
-            at += 1
 
 
 @st.composite
@@ -178,7 +145,7 @@ def test_bins_lose_next_to_nothing_against_the_exact_optimum() -> None:
     confidence, correct = synthetic(4000, seed=3)
     frontier = sweep(confidence, correct, GMACS, bins=1024)
     picked = frontier.rows[:: len(frontier.rows) // 8]
-    best = exact_best(confidence, correct, [row.gmacs for row in picked])
+    best = [exact_best(confidence, correct, GMACS, row.gmacs) for row in picked]
     gaps = [exact - row.accuracy for exact, row in zip(best, picked, strict=True)]
     assert min(gaps) >= -1e-9, "better than the exact optimum"
     # 0.02 points at 50,000 images; a bin of 4 images weighs more among 4,000, and noise has more to be fitted to.
@@ -264,20 +231,6 @@ def test_a_prediction_wants_one_threshold_per_exit() -> None:
     frontier = sweep(*synthetic(50), GMACS)
     with pytest.raises(ValueError, match="1 thresholds for 3 exits"):
         frontier.predict([0.5])
-
-
-def test_the_geometric_family_moves_from_the_first_exit_to_the_last_and_never_beats_the_frontier() -> None:
-    confidence, correct = synthetic(5000)
-    family = geometric(confidence, correct, GMACS)
-    frontier = sweep(confidence, correct, GMACS, bins=5000)
-    assert len(family) == 59
-    first, last = family[0].exit_fractions, family[-1].exit_fractions
-    assert first[0] > 0.9
-    assert last[2] > 0.5
-    p = np.array([1.0, 1.0, 1.0]) / 3  # k = 20
-    np.testing.assert_allclose(family[19].exit_fractions, p, atol=0.002)
-    low = family[0].gmacs
-    assert budget_area(family, low, GMACS[2]) <= budget_area(frontier.rows, low, GMACS[2])
 
 
 def test_the_area_under_the_budget_curve_is_a_mean_accuracy() -> None:
