@@ -77,6 +77,9 @@ def evaluate(
     logits: Annotated[
         Path | None, typer.Option(help="Where to write the logits, (exits, B, classes) float32.", metavar="OUT.npy")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write a page with plots into this folder; for a calibrated bundle.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy and MACs of every exit; or every exit's logits for given inputs.
@@ -87,19 +90,23 @@ def evaluate(
     \b
     Examples:
       dvt evaluate runs/photo10/model.safetensors photo10/test
-      dvt evaluate photo10-bundle photo10/test
+      dvt evaluate photo10-bundle photo10/test --report report
       dvt evaluate photo10-bundle --inputs x.npy --logits y.npy
     """
     if (inputs is None) != (logits is None):
         raise click.UsageError("--inputs and --logits go together")
     if images is None and inputs is None:
         raise click.UsageError("nothing to do: name an image folder, or --inputs and --logits")
+    if report is not None and (images is None or not target.is_dir()):
+        raise click.UsageError("--report needs a bundle and an image folder")
     try:
         if inputs is not None and logits is not None:
             _write_logits(target, inputs, logits)
         if images is not None:
-            report = _evaluate_bundle(target, images) if target.is_dir() else _evaluate_checkpoint(target, images)
-            click.echo(json.dumps(report) if as_json else _table(report))
+            result = _evaluate_bundle(target, images) if target.is_dir() else _evaluate_checkpoint(target, images)
+            click.echo(json.dumps(result) if as_json else _table(result))
+            if report is not None:
+                click.echo(f"report: {_report(target, images, report)}", err=True)
     except click.ClickException:
         raise
     except Exception as error:
@@ -181,6 +188,21 @@ def _evaluate_bundle(path: Path, images: Path) -> dict[str, Any]:
             "stage_gmacs": list(bundle.manifest.stage_gmacs),
         }
     return asdict(evaluate(bundle.solved, records))
+
+
+def _report(path: Path, images: Path, out: Path) -> Path:
+    from export.report import write_report
+    from server.bundle import Bundle
+    from server.calibrate import read_image_folder
+    from server.engines import load_engine
+
+    bundle = Bundle.load(path)
+    examples = read_image_folder(images, bundle.manifest.labels)
+    engine = load_engine(bundle)
+    try:
+        return write_report(bundle, engine, examples, out, progress=sys.stderr.isatty())
+    finally:
+        engine.close()
 
 
 def _table(report: dict[str, Any]) -> str:
