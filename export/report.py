@@ -261,7 +261,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .25rem .8rem; text-align: right; }
 th { border-bottom: 1px solid #999; } td:first-child, th:first-child { text-align: left; }
 img.plot { max-width: 100%; } .images img { width: 5rem; height: 5rem; border: 3px solid #2a7; margin: 2px; }
-.images img.wrong { border-color: #c33; } .images td { text-align: left; vertical-align: middle; }
+.images img.wrong { border-color: #c33; } .images td, .images th { text-align: left; vertical-align: middle; }
 """
 
 
