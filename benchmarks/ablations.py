@@ -66,13 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
         results["tables"][table] = rows = {}
         for row, changes in TABLES[table].items():
             models = [_trained(options, recipe, changes, seed) for seed in range(options.seeds)]
-            rows[row] = _judge([_logits(model, options, recipe) for model in models], cumulative_macs(models[0]))
+            logged = [_logits(model, options, recipe) for model in models]
+            macs = cumulative_macs(models[0])
+            rows[row] = _judge(logged, macs)
             if table == "reuse" and row == "both":
-                criteria = [_logits(model, options, recipe) for model in models]
-                results["tables"]["criteria"] = {
-                    name: _judge(criteria, cumulative_macs(models[0]), name)
-                    for name in ("confidence", "entropy", "random")
-                }
+                results["tables"]["criteria"] = {name: _judge(logged, macs, name) for name in _CRITERIA}
     text = _markdown(results)
     print(text)
     if options.out:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -64,6 +64,21 @@ def _imagenet(variant: str, batch_size: int, lr: float, weight_decay: float) -> 
     )
 
 
+# The embedded model. So few epochs ask for little augmentation: mild crops, every other batch cut and mixed.
+_PHOTO10 = Recipe(
+    variant="photo10",
+    epochs=44,
+    warmup_epochs=3,
+    lr=1e-3,
+    ema_decay=0.998,
+    min_area=0.5,
+    colour=0.0,
+    mixup=0.0,
+    mix_probability=0.5,
+    clean_epochs=4,
+    precision="bf16",
+)
+
 RECIPES: dict[str, Recipe] = {
     "micro": Recipe(variant="micro", epochs=2, warmup_epochs=0, batch_size=16, ema_decay=0.9, held_out=0.2),
     "t2t-vit-12": _imagenet("t2t-vit-12", batch_size=1024, lr=2e-3, weight_decay=0.03),
@@ -86,32 +101,13 @@ RECIPES: dict[str, Recipe] = {
         precision="bf16",
     ),
     # Small enough to train many of them on a processor: to compare designs, not to be used.
-    "ablation": Recipe(
-        variant="photo10",
+    "ablation": replace(
+        _PHOTO10,
         changes={"embed_dim": 64, "mlp_hidden": 128, "stem_dim": 32, "reuse_hidden": 32, "reuse_dim": 16},
         epochs=10,
         warmup_epochs=1,
-        lr=1e-3,
-        ema_decay=0.995,
-        min_area=0.5,
-        colour=0.0,
-        mixup=0.0,
-        mix_probability=0.5,
         clean_epochs=1,
-        precision="bf16",
+        ema_decay=0.995,
     ),
-    # The embedded model. So few epochs ask for little augmentation: mild crops, every other batch cut and mixed.
-    "photo10": Recipe(
-        variant="photo10",
-        epochs=44,
-        warmup_epochs=3,
-        lr=1e-3,
-        ema_decay=0.998,
-        min_area=0.5,
-        colour=0.0,
-        mixup=0.0,
-        mix_probability=0.5,
-        clean_epochs=4,
-        precision="bf16",
-    ),
+    "photo10": _PHOTO10,
 }

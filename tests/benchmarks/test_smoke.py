@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks import ablations
 
 Run = Callable[..., dict[str, Any]]
 
@@ -103,3 +106,20 @@ def test_solvers_are_compared_and_none_beats_the_exact_one(run: Run) -> None:
         for solver in ("sweep", "geometric", "genetic"):
             pairs = zip(figures[f"{name}_{solver}"], figures[f"{name}_exact"], strict=True)
             assert all(a <= b + 1e-9 for a, b in pairs if a == a and b == b), solver
+
+
+def test_ablations_train_judge_and_tell(image_folder: Path, tmp_path: Path) -> None:
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    arguments = [str(image_folder), str(image_folder), str(runs), "--recipe", "micro", "--epochs", "1", "--seeds", "1"]
+    arguments += ["--tables", "reuse", "--out", str(out)]
+    assert ablations.main(arguments) == 0
+    tables = json.loads((out / "ablations.json").read_text())["tables"]
+    assert set(tables) == {"reuse", "criteria"}
+    assert set(tables["reuse"]) == {"none", "features", "relations", "both"}
+    assert tables["reuse"]["none"]["mmacs"][-1] < tables["reuse"]["both"]["mmacs"][-1]
+    assert tables["criteria"]["confidence"] == tables["reuse"]["both"]
+    text = (out / "ablations.md").read_text()
+    written = {run: (run / "model.safetensors").stat().st_mtime_ns for run in runs.iterdir()}
+    assert ablations.main(arguments) == 0, "finished runs are not repeated"
+    assert {run: (run / "model.safetensors").stat().st_mtime_ns for run in runs.iterdir()} == written
+    assert (out / "ablations.md").read_text() == text
