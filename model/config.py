@@ -32,7 +32,7 @@ class DVTConfig:
 
     name: str
     image_size: int  # pixels, square
-    grids: tuple[int, ...]  # tokens per side, one entry a stage, coarse to fine
+    grids: tuple[int, ...]  # tokens per side, one entry a stage, coarse to fine; a single one is the backbone alone
     tokenizer: Literal["t2t", "patch", "conv"]
     embed_dim: int
     depth: int
@@ -55,8 +55,8 @@ class DVTConfig:
     resize: int = 256  # short side before the centre crop at evaluation, pixels
 
     def __post_init__(self) -> None:
-        if len(self.grids) < 2 or any(a >= b for a, b in pairwise(self.grids)):
-            raise ValueError(f"{self.name}: grids must be at least two and rise, got {self.grids}")
+        if not self.grids or any(a >= b for a, b in pairwise(self.grids)):
+            raise ValueError(f"{self.name}: grids must be at least one and rise, got {self.grids}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"{self.name}: embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         for field, designs in (("feature_design", FeatureDesign), ("relation_design", RelationDesign)):

@@ -79,6 +79,16 @@ _PHOTO10 = Recipe(
     precision="bf16",
 )
 
+# Small enough to train many of them on a processor: to compare designs, not to be used.
+_ABLATION = replace(
+    _PHOTO10,
+    changes={"embed_dim": 64, "mlp_hidden": 128, "stem_dim": 32, "reuse_hidden": 32, "reuse_dim": 16},
+    epochs=8,
+    warmup_epochs=1,
+    clean_epochs=1,
+    ema_decay=0.995,
+)
+
 RECIPES: dict[str, Recipe] = {
     "micro": Recipe(variant="micro", epochs=2, warmup_epochs=0, batch_size=16, ema_decay=0.9, held_out=0.2),
     "t2t-vit-12": _imagenet("t2t-vit-12", batch_size=1024, lr=2e-3, weight_decay=0.03),
@@ -100,14 +110,13 @@ RECIPES: dict[str, Recipe] = {
         smoothing=0.0,
         precision="bf16",
     ),
-    # Small enough to train many of them on a processor: to compare designs, not to be used.
-    "ablation": replace(
-        _PHOTO10,
-        changes={"embed_dim": 64, "mlp_hidden": 128, "stem_dim": 32, "reuse_hidden": 32, "reuse_dim": 16},
-        epochs=10,
-        warmup_epochs=1,
-        clean_epochs=1,
-        ema_decay=0.995,
+    "ablation": _ABLATION,
+    # The same on CIFAR-10: a DVT against its own backbone (benchmarks/backbone.py). Too short for mixed images.
+    "cifar10": replace(
+        _ABLATION,
+        changes={**_ABLATION.changes, "image_size": 32, "resize": 32, "grids": (3, 5, 8)},
+        epochs=12,
+        mix_probability=0.0,
     ),
     "photo10": _PHOTO10,
 }

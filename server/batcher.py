@@ -26,7 +26,7 @@ from typing import Concatenate, ParamSpec
 
 from server.core import Answer, Engine, Observer, OperatingPoint, Pixels, StageOutput
 from server.errors import Draining, EngineFailed
-from server.scheduler import Batch, Load, Outcome, Request, Scheduler
+from server.scheduler import NORMAL, Batch, Load, Outcome, Priority, Request, Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -102,16 +102,22 @@ class Batcher:
         deadline: float,
         max_exit: int | None = None,
         min_confidence: float | None = None,
+        priority: Priority = NORMAL,
     ) -> Answer:
         """Classify the images of one request. `deadline`: absolute, on the batcher's clock.
 
-        Cancelling the awaiting task abandons the images. Raises Overloaded and Draining at the door, DeadlineExceeded,
-        EngineFailed and Draining later.
+        Cancelling the awaiting task abandons the images. Raises Overloaded, DeadlineExceeded and Draining at the door
+        and later, EngineFailed later.
         """
         if self._draining or not self.healthy:
             raise Draining("the server is shutting down", retry_after_s=RETRY_ELSEWHERE_S)
         request = self._scheduler.admit(
-            images, self._clock(), deadline=deadline, max_exit=max_exit, min_confidence=min_confidence
+            images,
+            self._clock(),
+            deadline=deadline,
+            max_exit=max_exit,
+            min_confidence=min_confidence,
+            priority=priority,
         )
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._futures[request] = future

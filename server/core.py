@@ -118,5 +118,6 @@ class Observer(Protocol):
     def image_finished(self, result: ImageResult) -> None: ...
 
     def image_abandoned(self, reason: str) -> None:
-        """An image left without an answer: reason is "disconnect", "deadline", "engine_failed" or "shutdown"."""
+        """An image left without an answer: reason is "disconnect", "deadline", "overloaded" (its deadline could not be
+        met any more), "engine_failed" or "shutdown"."""
         ...

@@ -31,7 +31,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time be
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-REASONS = ("disconnect", "deadline", "engine_failed", "shutdown")  # of Observer.image_abandoned
+REASONS = ("disconnect", "deadline", "overloaded", "engine_failed", "shutdown")  # of Observer.image_abandoned
 
 # From a tenth of a millisecond (a queue that is empty) to the largest sensible deadline.
 SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)

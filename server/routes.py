@@ -26,11 +26,13 @@ from server.bodies import BodyLimits, read_images, read_json
 from server.core import Answer, ImageResult
 from server.edge import WhileConnected
 from server.errors import Forbidden, InvalidRequest, NotReady, Unauthorized, VersionMismatch
+from server.scheduler import HIGH, LOW, NORMAL, Priority
 
 if TYPE_CHECKING:
     from server.app import Service
 
 _BUDGET_LIMITS = BodyLimits(max_bytes=16 * 1024, max_images=0, timeout_s=10.0)
+PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "low": LOW}
 _TARGETS = ("gmacs", "accuracy", "thresholds", "latency_ms")
 
 
@@ -54,6 +56,7 @@ class Ask:
     timeout_s: float
     max_exit: int | None = None
     min_confidence: float | None = None
+    priority: Priority = NORMAL
 
     @property
     def steered(self) -> bool:
@@ -67,8 +70,8 @@ def parse_ask(query: bytes, *, top_k: int, timeout_ms: float, max_timeout_ms: fl
         return Ask(top_k, timeout_ms / 1000)
     given: dict[str, str] = {}
     for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name not in ("top_k", "timeout_ms", "max_exit", "min_confidence"):
-            known = "top_k, timeout_ms, max_exit and min_confidence"
+        if name not in ("top_k", "timeout_ms", "max_exit", "min_confidence", "priority"):
+            known = "top_k, timeout_ms, max_exit, min_confidence and priority"
             raise InvalidRequest(f"There is no query parameter {name[:40]!r}; there are {known}", field=name[:40])
         if name in given:
             raise InvalidRequest(f"{name} is given twice", field=name)
@@ -85,7 +88,12 @@ def parse_ask(query: bytes, *, top_k: int, timeout_ms: float, max_timeout_ms: fl
         min_confidence = _number("min_confidence", given["min_confidence"])
         if not 0 <= min_confidence <= 1:
             raise InvalidRequest("min_confidence must lie between 0 and 1", field="min_confidence")
-    return Ask(top_k, timeout_ms / 1000, max_exit, min_confidence)
+    priority = NORMAL
+    if "priority" in given:
+        if given["priority"] not in PRIORITIES:
+            raise InvalidRequest(f"priority is one of {', '.join(PRIORITIES)}", field="priority")
+        priority = PRIORITIES[given["priority"]]
+    return Ask(top_k, timeout_ms / 1000, max_exit, min_confidence, priority)
 
 
 def _whole(name: str, text: str, low: int, high: int | None) -> int:
@@ -128,7 +136,11 @@ async def classify(request: Request) -> Response:
             pixels = await service.decoder.decode(encoded, deadline)
             decoded = clock()
             answer = await service.batcher.submit(
-                pixels, deadline=deadline, max_exit=ask.max_exit, min_confidence=ask.min_confidence
+                pixels,
+                deadline=deadline,
+                max_exit=ask.max_exit,
+                min_confidence=ask.min_confidence,
+                priority=ask.priority,
             )
     decode_s, total_s = decoded - arrived, clock() - arrived
     # When the answer is on its way, not before.

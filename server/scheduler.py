@@ -10,9 +10,13 @@ One queue per stage. The unit that waits is an image; the unit that is admitted,
 answered is a request. The loop is `expire -> schedule -> (engine runs) -> update`: sure images are decided, unsure
 ones queue for the next stage, where survivors of different requests share a batch.
 
-- *Policy.* `deepest_first`: run to completion with compaction. Stage s + 1 gets work only from stage s, so the deeper
-  queues drain before new images start, the live state stays small and nothing starves. It never idles while anything
-  can run, and never waits or shrinks a batch for the sake of its head. Several batches may be out at once.
+- *Policy.* Which stage runs next is a function of what waits (`Policy`). `deepest_first` is run to completion with
+  compaction: stage s + 1 gets work only from stage s, so the deeper queues drain before new images start, the live
+  state stays small and nothing starves. It never idles while anything can run, and never waits or shrinks a batch for
+  the sake of its head. Several batches may be out at once.
+- *Order.* Within a stage the higher priority goes first, and of equal ones the earlier deadline, which a survivor
+  keeps. A batch takes what comes next whatever its priority, so batches stay full. BACKGROUND waits until nothing
+  else can run, and never shares a batch: nobody pays for it.
 - *Live state.* A survivor holds a slot of the engine while it waits for, or runs in, a later stage. A first-stage
   batch takes no more rows than there are free slots, since every row may survive; deeper batches need no new slot,
   so they always can run and free some: no deadlock.
@@ -22,6 +26,9 @@ ones queue for the next stage, where survivors of different requests share a bat
   leaves at once, free. Otherwise the request finishes under the point it has.
 - *Deadlines.* At the deadline an image that has a prediction is answered with it (`degraded`), also when it runs in
   a later stage just then. A request with an image that has none fails: a request succeeds or fails as a whole.
+  Where the cost of batches is known (`seconds`) nobody waits for a deadline in vain: a newcomer that could not be
+  answered even if only first stages ran from now on is refused at the door; a queued image that would miss its
+  deadline even in a batch of its own, now, is answered with what it has, or its request is refused.
 - *Rows nobody waits for.* A settled request never gets another batch. Its rows that are out are ignored when they
   come back, and their state is freed.
 
@@ -37,7 +44,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from server.core import Answer, Floats, ImageResult, OperatingPoint, Pixels, Slot, StageBatch, StageOutput
 from server.errors import (
@@ -52,12 +59,32 @@ from server.errors import (
 
 T = TypeVar("T")
 
-Policy = Callable[[Sequence[int]], int | None]
-"""Chooses a stage, from the size of the batch that each stage could start now (0: none)."""
+Priority = Literal[0, 1, 2, 3]
+HIGH: Priority = 0
+NORMAL: Priority = 1
+LOW: Priority = 2  # admitted only while the queue is less than half full
+BACKGROUND: Priority = 3
+
+Seconds = Callable[[int, int], float]
+"""(stage, images) -> seconds of such a batch."""
 
 
-def deepest_first(ready: Sequence[int]) -> int | None:
-    return max((stage for stage, size in enumerate(ready, start=1) if size), default=None)
+@dataclass(frozen=True, slots=True)
+class StageView:
+    """What a policy sees of one stage; BACKGROUND is not in it."""
+
+    ready: int  # images that a batch could take now
+    waiting: int  # images that wait here
+    since: float  # when the head came here; inf where nothing waits
+    deadline: float  # of the head; inf where nothing waits
+
+
+Policy = Callable[[Sequence[StageView], float], int | None]
+"""(every stage from the first, now) -> the stage to run, from 1; None to run nothing yet."""
+
+
+def deepest_first(views: Sequence[StageView], now: float) -> int | None:  # noqa: ARG001
+    return max((stage for stage, view in enumerate(views, start=1) if view.ready), default=None)
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +99,7 @@ class Request:
     thresholds: tuple[float, ...]  # those of the point, as changed by max_exit and min_confidence
     size: int  # images
     undecided: int
+    priority: Priority = NORMAL
     images: tuple[Image, ...] = ()  # until it is settled
     running: int = 0  # images that are in a batch now
     settled: bool = False
@@ -133,7 +161,7 @@ class _Ordered(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, T]] = []
+        self._heap: list[tuple[Any, int, T]] = []
         self._live: dict[T, None] = {}
         self._arrivals = count()
 
@@ -146,7 +174,7 @@ class _Ordered(Generic[T]):
     def __contains__(self, item: T) -> bool:
         return item in self._live
 
-    def push(self, key: float, item: T) -> None:
+    def push(self, key: Any, item: T) -> None:
         self._live[item] = None
         heapq.heappush(self._heap, (key, next(self._arrivals), item))
 
@@ -174,11 +202,56 @@ class _Ordered(Generic[T]):
         return True
 
 
+class _Queue:
+    """The images that wait for one stage: by priority, and of each priority by deadline, then order of admission."""
+
+    def __init__(self) -> None:
+        self._by_priority: tuple[_Ordered[Image], ...] = tuple(_Ordered() for _ in get_args(Priority))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_priority))
+
+    def __contains__(self, image: Image) -> bool:
+        return image in self._by_priority[image.request.priority]
+
+    def push(self, image: Image) -> None:
+        self._by_priority[image.request.priority].push((image.request.deadline, image.order), image)
+
+    def discard(self, image: Image) -> bool:
+        """True where the image was there."""
+        return self._by_priority[image.request.priority].discard(image)
+
+    def waiting(self, least: Priority = LOW) -> int:
+        """Images of this priority or a higher one."""
+        return sum(map(len, self._by_priority[: least + 1]))
+
+    def take(self, size: int, *, background: bool) -> tuple[Image, ...]:
+        """At most so many, in order; either BACKGROUND or the others."""
+        chosen = self._by_priority[BACKGROUND:] if background else self._by_priority[:BACKGROUND]
+        images: list[Image] = []
+        for part in chosen:
+            images.extend(part.pop() for _ in range(min(len(part), size - len(images))))
+        return tuple(images)
+
+    def view(self, limit: int) -> StageView:
+        waiting = self.waiting()
+        head = next((part.first() for part in self._by_priority[:BACKGROUND] if len(part)), None)
+        if head is None:
+            return StageView(0, 0, math.inf, math.inf)
+        return StageView(min(waiting, limit), waiting, head.since, head.request.deadline)
+
+    def heads(self) -> Iterator[Image]:
+        """The earliest deadline of each priority."""
+        for part in self._by_priority:
+            if (image := part.first()) is not None:
+                yield image
+
+
 class Scheduler:
     """Owns all images between admission and answer. The module's docstring tells the rules.
 
     `max_queued_images` bounds the images that wait, all stages, when a request asks to be admitted; `max_slots` those
-    that hold state.
+    that hold state. `seconds` tells what a batch costs, None where nobody knows; `executors`, how many run at once.
     """
 
     def __init__(
@@ -189,6 +262,8 @@ class Scheduler:
         max_queued_images: int,
         max_slots: int,
         policy: Policy = deepest_first,
+        seconds: Seconds | None = None,
+        executors: int = 1,
     ) -> None:
         if min(*max_batch_sizes, max_queued_images, max_slots) < 1:
             raise ValueError("batch sizes, queue and slots must allow at least one image")
@@ -196,9 +271,11 @@ class Scheduler:
         self._max_queued_images = max_queued_images
         self._max_slots = max_slots
         self._policy = policy
+        self._seconds = seconds
+        self._executors = executors
         self.check(point)
         self._point = point
-        self._queues: tuple[_Ordered[Image], ...] = tuple(_Ordered() for _ in max_batch_sizes)  # by admission
+        self._queues = tuple(_Queue() for _ in max_batch_sizes)
         self._running = [0] * len(max_batch_sizes)
         self._requests: _Ordered[Request] = _Ordered()  # all that are not settled, by deadline
         self._orders = count()
@@ -234,38 +311,51 @@ class Scheduler:
         deadline: float,
         max_exit: int | None = None,
         min_confidence: float | None = None,
+        priority: Priority = NORMAL,
     ) -> Request:
         """Take a request in, whole.
 
         `max_exit` (from 1): no image goes deeper. `min_confidence` replaces every threshold but the last; such a
         request keeps the point it came under whatever is swapped.
 
-        Raises Overloaded where the queue has no room for all of it, TooManyImages where it never will.
+        Raises Overloaded where the queue has no room for all of it or its deadline cannot be met, TooManyImages where
+        there never will be room, DeadlineExceeded where not even an idle server could meet the deadline.
         """
         if not pixels:
             raise InvalidRequest("a request needs at least one image")
         if len(pixels) > self._max_queued_images:
             raise TooManyImages(f"at most {self._max_queued_images} images fit into the queue")
-        if sum(len(queue) for queue in self._queues) + len(pixels) > self._max_queued_images:
+        room = self._max_queued_images if priority < LOW else max(1, self._max_queued_images // 2)
+        if sum(map(len, self._queues)) + len(pixels) > room:
             raise Overloaded("the queue is full", retry_after_s=self._retry_after_s(now))
+        if self._seconds is not None:
+            self._refuse_hopeless(len(pixels), priority, deadline - now)
         thresholds = _thresholds(self._point, max_exit, min_confidence)
         size = len(pixels)
-        request = Request(deadline, max_exit, min_confidence, self._point, thresholds, size=size, undecided=size)
+        request = Request(
+            deadline, max_exit, min_confidence, self._point, thresholds, size=size, undecided=size, priority=priority
+        )
         request.images = tuple(Image(request, next(self._orders), one, since=now) for one in pixels)
         for image in request.images:
-            self._queues[0].push(image.order, image)
+            self._queues[0].push(image)
         self._requests.push(deadline, request)
         return request
 
     def schedule(self, now: float) -> Batch | None:
         """The batch to run next, or None where nothing can run."""
-        ready = [min(len(queue), size) for queue, size in zip(self._queues, self._max_batch_sizes, strict=True)]
-        ready[0] = min(ready[0], self._max_slots - self._slots())
-        stage = self._policy(ready)
+        limits = list(self._max_batch_sizes)
+        limits[0] = min(limits[0], self._max_slots - self._slots())
+        views = [queue.view(limit) for queue, limit in zip(self._queues, limits, strict=True)]
+        # Also where new images wait for slots that only background work can free.
+        background = not any(view.ready for view in views)
+        if background:
+            able = [n for n, queue in enumerate(self._queues, start=1) if len(queue) and limits[n - 1]]
+            stage = max(able, default=None)
+        else:
+            stage = self._policy(views, now)
         if stage is None:
             return None
-        queue = self._queues[stage - 1]
-        images = tuple(queue.pop() for _ in range(ready[stage - 1]))
+        images = self._queues[stage - 1].take(limits[stage - 1], background=background)
         run = StageBatch(
             stage=stage,
             pixels=[image.pixels for image in images],
@@ -304,7 +394,7 @@ class Scheduler:
                     self._decide(image, now, outcome)
                 else:
                     image.stage += 1
-                    self._queues[image.stage - 1].push(image.order, image)
+                    self._queues[image.stage - 1].push(image)
             self._answer_if_complete(request, outcome)
         return outcome
 
@@ -318,11 +408,17 @@ class Scheduler:
         return outcome
 
     def expire(self, now: float) -> Outcome:
-        """Settle every request whose deadline has come."""
+        """Settle every request whose deadline has come, and what could not meet it any more."""
         outcome = Outcome()
         while (request := self._requests.first()) is not None and request.deadline <= now:
             error = DeadlineExceeded("the deadline passed before every image had reached an exit")
             self._cut_short(request, error, "deadline", now, outcome)
+        if self._seconds is not None:
+            for stage, queue in enumerate(self._queues, start=1):
+                least = now + self._seconds(stage, 1)
+                while late := [image for image in queue.heads() if image.request.deadline < least]:
+                    for image in late:
+                        self._give_up(image, now, outcome)
         return outcome
 
     def stop(self, now: float) -> Outcome:
@@ -406,6 +502,17 @@ class Scheduler:
             request.answer = Answer(request.point, results)
             self._settle(request, outcome)
 
+    def _give_up(self, image: Image, now: float, outcome: Outcome) -> None:
+        """A queued image cannot go further in time."""
+        if image.request.settled:  # along with another image of its request
+            return
+        if image.confidences:
+            self._decide(image, now, outcome, degraded=True)
+            self._answer_if_complete(image.request, outcome)
+        else:
+            error = Overloaded("the deadline cannot be met any more", retry_after_s=self._retry_after_s(now))
+            self._fail(image.request, error, "overloaded", now, outcome)
+
     def _cut_short(self, request: Request, error: ServeError, reason: str, now: float, outcome: Outcome) -> None:
         """Answer with what is known so far; fail where that is not something for every image."""
         if not all(image.confidences for image in request.images):
@@ -435,12 +542,25 @@ class Scheduler:
 
     def _slots(self) -> int:
         """Slots taken: a survivor that waits has one, a row that runs has one or may come back with one."""
-        return sum(len(queue) for queue in self._queues[1:]) + sum(self._running)
+        return sum(map(len, self._queues[1:])) + sum(self._running)
+
+    def _refuse_hopeless(self, size: int, priority: Priority, left: float) -> None:
+        """Raise where not all images could pass the first stage within `left` seconds, even if nothing else ran.
+
+        The bound is on the safe side, as whoever passes the first stage has a prediction to be answered with.
+        """
+        assert self._seconds is not None
+        if left < self._seconds(1, 1):
+            raise DeadlineExceeded(f"{max(left, 0) * 1000:.1f} ms are too few for one image on an idle server")
+        largest = self._max_batch_sizes[0]
+        before = self._queues[0].waiting(priority) + size
+        needed = before * self._seconds(1, largest) / largest / self._executors
+        if before > largest * self._executors and left < needed:
+            raise Overloaded("the deadline cannot be met", retry_after_s=max(1, math.ceil(needed - left)))
 
     def _retry_after_s(self, now: float) -> int:
         """As long as the oldest new image has waited: a newcomer at the end of a full queue waits about that."""
-        oldest = self._queues[0].first()
-        return max(1, math.ceil(now - oldest.since)) if oldest is not None else 1
+        return max([1, *(math.ceil(now - image.since) for image in self._queues[0].heads())])
 
 
 def _thresholds(point: OperatingPoint, max_exit: int | None, min_confidence: float | None) -> tuple[float, ...]:

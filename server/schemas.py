@@ -240,6 +240,13 @@ CLASSIFY: dict[str, Any] = {
             ),
             _query("max_exit", "Never go deeper than this exit.", type="integer", minimum=1),
             _query("min_confidence", "Used in place of the live thresholds.", type="number", minimum=0, maximum=1),
+            _query(
+                "priority",
+                "Who waits less: high before normal before low. Low is refused once the queue is half full.",
+                type="string",
+                enum=["high", "normal", "low"],
+                default="normal",
+            ),
             _REQUEST_ID,
         ],
         "requestBody": {

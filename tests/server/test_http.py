@@ -235,6 +235,7 @@ class TestRefusals:
             ("timeout_ms=0", "timeout_ms"), ("timeout_ms=nan", "timeout_ms"), ("timeout_ms=30001", "timeout_ms"),
             ("max_exit=0", "max_exit"), ("max_exit=4", "max_exit"), ("min_confidence=1.1", "min_confidence"),
             ("min_confidence=inf", "min_confidence"), ("topk=1", "topk"), ("top_k=1&top_k=2", "top_k"),
+            ("priority=urgent", "priority"), ("priority=3", "priority"),
         ],
     )  # fmt: skip
     async def test_a_bad_query_names_the_parameter(self, served: Any, photo: Photo, query: str, field: str) -> None:

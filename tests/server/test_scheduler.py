@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from server.core import OperatingPoint
 from server.engines.fake import FakeEngine
 from server.errors import DeadlineExceeded, Draining, EngineFailed, InvalidRequest, Overloaded, TooManyImages
-from server.scheduler import Batch, Outcome, Request, Scheduler
+from server.scheduler import BACKGROUND, HIGH, LOW, NORMAL, Batch, Outcome, Request, Scheduler
 
 POINT = OperatingPoint(1, (0.8, 0.8, 0.0))
-LOW, HIGH = 0.2, 0.9  # confidences below and above those thresholds
+UNSURE, SURE = 0.2, 0.9  # confidences below and above those thresholds
 
 
 def units(*confidences: float) -> tuple[int, ...]:
@@ -28,11 +28,16 @@ class Cascade:
     """A scheduler and an engine, driven by hand. `now` moves only where a test moves it."""
 
     def __init__(
-        self, point: OperatingPoint = POINT, sizes=(4, 4, 4), max_queued_images: int = 64, max_slots: int = 64
+        self,
+        point: OperatingPoint = POINT,
+        sizes=(4, 4, 4),
+        max_queued_images: int = 64,
+        max_slots: int = 64,
+        **options,
     ):
         self.engine = FakeEngine(max_batch_sizes=sizes)
         self.scheduler = Scheduler(
-            point, max_batch_sizes=sizes, max_queued_images=max_queued_images, max_slots=max_slots
+            point, max_batch_sizes=sizes, max_queued_images=max_queued_images, max_slots=max_slots, **options
         )
         self.now = 0.0
         self.settled: list[Request] = []
@@ -87,7 +92,7 @@ def exits(request: Request) -> list[int]:
 
 def test_an_image_leaves_at_the_first_exit_that_is_sure():
     cascade = Cascade()
-    request = cascade.admit([HIGH], [LOW, HIGH], [LOW, LOW, LOW])
+    request = cascade.admit([SURE], [UNSURE, SURE], [UNSURE, UNSURE, UNSURE])
     cascade.run_dry()
     assert exits(request) == [1, 2, 3]
     assert cascade.engine.slots_in_use == 0
@@ -102,8 +107,8 @@ def test_confidence_equal_to_the_threshold_leaves():
 
 def test_the_deepest_stage_runs_first_and_survivors_of_different_requests_share_its_batch():
     cascade = Cascade()
-    first, second = cascade.admit([LOW, HIGH], [HIGH]), cascade.admit([LOW, HIGH])
-    cascade.admit([LOW, HIGH], [HIGH], [HIGH], [HIGH])
+    first, second = cascade.admit([UNSURE, SURE], [SURE]), cascade.admit([UNSURE, SURE])
+    cascade.admit([UNSURE, SURE], [SURE], [SURE], [SURE])
     batches = cascade.run_dry()
     assert [(batch.run.stage, len(batch.images)) for batch in batches] == [(1, 4), (2, 3), (1, 3)]
     assert {image.request for image in batches[1].images} >= {first, second}
@@ -111,8 +116,8 @@ def test_the_deepest_stage_runs_first_and_survivors_of_different_requests_share_
 
 def test_survivors_run_in_order_of_admission_even_if_a_later_batch_came_back_first():
     cascade = Cascade(sizes=(1, 2, 2))
-    cascade.admit([LOW, HIGH])
-    cascade.admit([LOW, HIGH])
+    cascade.admit([UNSURE, SURE])
+    cascade.admit([UNSURE, SURE])
     earlier, later = cascade.dispatch(), cascade.dispatch()
     cascade.come_back(later)
     cascade.come_back(earlier)
@@ -121,7 +126,7 @@ def test_survivors_run_in_order_of_admission_even_if_a_later_batch_came_back_fir
 
 def test_two_executors_hold_batches_at_once():
     cascade = Cascade(sizes=(2, 2, 2))
-    request = cascade.admit([HIGH], [HIGH], [HIGH])
+    request = cascade.admit([SURE], [SURE], [SURE])
     first, second = cascade.dispatch(), cascade.dispatch()
     assert (len(first.images), len(second.images)) == (2, 1)
     cascade.come_back(second)
@@ -132,7 +137,7 @@ def test_two_executors_hold_batches_at_once():
 
 def test_a_stage_batch_starts_only_with_slots_for_all_that_may_survive():
     cascade = Cascade(sizes=(4, 4, 4), max_slots=6)
-    cascade.admit(*[[LOW, LOW]] * 12)
+    cascade.admit(*[[UNSURE, UNSURE]] * 12)
     first, second = cascade.dispatch(), cascade.dispatch()
     assert (len(first.images), len(second.images)) == (4, 2)
     assert cascade.scheduler.schedule(cascade.now) is None
@@ -146,18 +151,18 @@ def test_a_stage_batch_starts_only_with_slots_for_all_that_may_survive():
 
 def test_a_request_that_does_not_fit_is_refused_whole():
     cascade = Cascade(max_queued_images=4)
-    cascade.admit([HIGH], [HIGH], [HIGH])
+    cascade.admit([SURE], [SURE], [SURE])
     cascade.now = 2.5
     with pytest.raises(Overloaded) as refused:
-        cascade.admit([HIGH], [HIGH])
+        cascade.admit([SURE], [SURE])
     assert refused.value.extra == {"retry_after_s": 3}, "as long as the oldest has waited, in whole seconds"
     assert cascade.scheduler.load.waiting == (3, 0, 0)
-    cascade.admit([HIGH])
+    cascade.admit([SURE])
 
 
 def test_a_request_that_can_never_fit_is_not_told_to_come_back():
     with pytest.raises(TooManyImages):
-        Cascade(max_queued_images=2).admit([HIGH], [HIGH], [HIGH])
+        Cascade(max_queued_images=2).admit([SURE], [SURE], [SURE])
 
 
 def test_a_request_without_images_is_refused():
@@ -167,10 +172,10 @@ def test_a_request_without_images_is_refused():
 
 def test_max_exit_and_min_confidence_shape_one_request_only():
     cascade = Cascade()
-    capped = cascade.admit([LOW, LOW], max_exit=1)
-    lenient = cascade.admit([LOW], min_confidence=0.1)
-    strict = cascade.admit([HIGH, HIGH, LOW], min_confidence=0.95)
-    both = cascade.admit([HIGH, HIGH], min_confidence=0.95, max_exit=2)
+    capped = cascade.admit([UNSURE, UNSURE], max_exit=1)
+    lenient = cascade.admit([UNSURE], min_confidence=0.1)
+    strict = cascade.admit([SURE, SURE, UNSURE], min_confidence=0.95)
+    both = cascade.admit([SURE, SURE], min_confidence=0.95, max_exit=2)
     cascade.run_dry()
     assert [exits(request) for request in (capped, lenient, strict, both)] == [[1], [1], [3], [2]]
     assert all(request.answer.point is POINT for request in cascade.settled)
@@ -181,7 +186,7 @@ def test_max_exit_and_min_confidence_shape_one_request_only():
 
 def test_waiting_and_computing_are_told_apart_over_all_stages():
     cascade = Cascade()
-    request = cascade.admit([LOW, HIGH])
+    request = cascade.admit([UNSURE, SURE])
     cascade.now = 1.0
     batch = cascade.dispatch()
     cascade.now = 3.0
@@ -196,7 +201,7 @@ def test_waiting_and_computing_are_told_apart_over_all_stages():
 
 def test_a_deadline_without_a_prediction_fails_the_request():
     cascade = Cascade()
-    request = cascade.admit([HIGH], deadline=5.0)
+    request = cascade.admit([SURE], deadline=5.0)
     assert cascade.scheduler.next_deadline() == 5.0
     cascade.now = 5.0
     cascade.expire()
@@ -207,7 +212,7 @@ def test_a_deadline_without_a_prediction_fails_the_request():
 
 def test_a_deadline_answers_a_waiting_image_with_the_prediction_it_has():
     cascade = Cascade()
-    request = cascade.admit([LOW, HIGH], [HIGH], deadline=5.0)
+    request = cascade.admit([UNSURE, SURE], [SURE], deadline=5.0)
     cascade.step()
     cascade.now = 6.0
     cascade.expire()
@@ -219,7 +224,7 @@ def test_a_deadline_answers_a_waiting_image_with_the_prediction_it_has():
 
 def test_a_deadline_answers_a_running_image_and_ignores_its_row_later():
     cascade = Cascade()
-    request = cascade.admit([LOW, LOW], deadline=5.0)
+    request = cascade.admit([UNSURE, UNSURE], deadline=5.0)
     cascade.step()
     batch = cascade.dispatch()
     cascade.now = 5.0
@@ -233,7 +238,7 @@ def test_a_deadline_answers_a_running_image_and_ignores_its_row_later():
 
 def test_one_image_without_a_prediction_fails_the_whole_request_at_its_deadline():
     cascade = Cascade(sizes=(1, 1, 1))
-    request = cascade.admit([HIGH], [HIGH], deadline=5.0)
+    request = cascade.admit([SURE], [SURE], deadline=5.0)
     cascade.step()
     cascade.now = 5.0
     cascade.expire()
@@ -243,7 +248,7 @@ def test_one_image_without_a_prediction_fails_the_whole_request_at_its_deadline(
 
 def test_stopping_answers_with_what_is_known():
     cascade = Cascade(sizes=(1, 1, 1))
-    known, unknown = cascade.admit([LOW, LOW]), cascade.admit([LOW])
+    known, unknown = cascade.admit([UNSURE, UNSURE]), cascade.admit([UNSURE])
     cascade.step()
     cascade.carry_out(cascade.scheduler.stop(cascade.now))
     assert known.answer.results[0].degraded
@@ -257,7 +262,7 @@ def test_stopping_answers_with_what_is_known():
 
 def test_a_failed_batch_fails_its_requests_and_nothing_else():
     cascade = Cascade(sizes=(2, 2, 2))
-    hit, spared = cascade.admit([LOW, LOW], [LOW, LOW], [HIGH]), cascade.admit([LOW, HIGH])
+    hit, spared = cascade.admit([UNSURE, UNSURE], [UNSURE, UNSURE], [SURE]), cascade.admit([UNSURE, SURE])
     cascade.step()
     batch = cascade.dispatch()
     assert batch.run.stage == 2
@@ -270,7 +275,7 @@ def test_a_failed_batch_fails_its_requests_and_nothing_else():
 
 def test_a_client_that_left_is_never_dispatched_again():
     cascade = Cascade()
-    gone, stays = cascade.admit([LOW, LOW], [LOW, LOW]), cascade.admit([LOW, HIGH])
+    gone, stays = cascade.admit([UNSURE, UNSURE], [UNSURE, UNSURE]), cascade.admit([UNSURE, SURE])
     cascade.step()
     cascade.cancel(gone)
     assert cascade.engine.slots_in_use == 1, "its slots are free at once"
@@ -280,7 +285,7 @@ def test_a_client_that_left_is_never_dispatched_again():
 
 def test_a_client_that_leaves_while_its_image_runs_costs_only_that_batch():
     cascade = Cascade()
-    gone = cascade.admit([LOW, LOW])
+    gone = cascade.admit([UNSURE, UNSURE])
     batch = cascade.dispatch()
     cascade.cancel(gone)
     outcome = cascade.come_back(batch)
@@ -292,7 +297,7 @@ def test_a_client_that_leaves_while_its_image_runs_costs_only_that_batch():
 
 def test_cancelled_and_answered_requests_leave_nothing_behind():
     cascade = Cascade(max_queued_images=2000)
-    requests = [cascade.admit([LOW, LOW]) for _ in range(1000)]
+    requests = [cascade.admit([UNSURE, UNSURE]) for _ in range(1000)]
     for _ in range(3):
         cascade.step()
     for request in requests:
@@ -300,8 +305,94 @@ def test_cancelled_and_answered_requests_leave_nothing_behind():
     assert cascade.engine.slots_in_use == 0
     assert cascade.scheduler.load.slots == 0
     assert cascade.scheduler.next_deadline() is None
-    held = [*cascade.scheduler._queues, cascade.scheduler._requests]
+    queues = [part for queue in cascade.scheduler._queues for part in queue._by_priority]
+    held = [*queues, cascade.scheduler._requests]
     assert all(len(ordered._heap) <= 16 for ordered in held), "dead entries do not pile up"
+
+
+# -- priorities
+
+
+def test_the_higher_priority_goes_first_then_the_earlier_deadline_and_batches_stay_full():
+    cascade = Cascade(sizes=(3, 3, 3))
+    low = cascade.admit([SURE], deadline=1.0, priority=LOW)
+    late, early = cascade.admit([SURE], deadline=9.0), cascade.admit([SURE], deadline=5.0)
+    high = cascade.admit([SURE], deadline=99.0, priority=HIGH)
+    batches = cascade.run_dry()
+    assert [[image.request for image in batch.images] for batch in batches] == [[high, early, late], [low]]
+
+
+def test_background_work_waits_until_nothing_else_can_run_and_shares_no_batch():
+    cascade = Cascade()
+    background = cascade.admit([UNSURE, UNSURE, SURE], priority=BACKGROUND)
+    request = cascade.admit([UNSURE, SURE])
+    batches = cascade.run_dry()
+    assert [[image.request for image in batch.images] for batch in batches] == [[request]] * 2 + [[background]] * 3
+
+
+def test_background_survivors_cannot_lock_new_images_out():
+    cascade = Cascade(max_slots=1)
+    background = cascade.admit([UNSURE, UNSURE, SURE], priority=BACKGROUND)
+    cascade.step()
+    request = cascade.admit([SURE])
+    cascade.run_dry()
+    assert exits(background) == [3]
+    assert exits(request) == [1]
+
+
+def test_low_priority_is_refused_at_half_of_the_queue():
+    cascade = Cascade(max_queued_images=4)
+    cascade.admit([SURE], [SURE])
+    with pytest.raises(Overloaded):
+        cascade.admit([SURE], priority=LOW)
+    cascade.admit([SURE], [SURE])
+
+
+# -- deadlines that cannot be met
+
+
+def seconds(stage: int, images: int) -> float:
+    return stage + 0.5 * images
+
+
+def test_a_newcomer_is_refused_at_the_door_where_even_first_stages_alone_would_take_too_long():
+    cascade = Cascade(sizes=(2, 2, 2), seconds=seconds)
+    for _ in range(4):
+        cascade.admit([SURE], deadline=100.0)
+    cascade.admit([SURE], deadline=5.0)  # the fifth of five at one a second
+    with pytest.raises(Overloaded) as refused:
+        cascade.admit([SURE], deadline=5.5)
+    assert refused.value.extra["retry_after_s"] == 1
+    cascade.admit([SURE], deadline=2.0, priority=HIGH)  # they go before the others
+
+
+def test_a_deadline_that_an_idle_server_would_miss_is_refused_as_such():
+    cascade = Cascade(seconds=seconds)
+    with pytest.raises(DeadlineExceeded):
+        cascade.admit([SURE], deadline=1.4)
+
+
+def test_a_queued_image_that_cannot_make_it_is_refused_before_its_deadline():
+    cascade = Cascade(sizes=(1, 1, 1), seconds=seconds)
+    cascade.admit([SURE], deadline=100.0)
+    doomed = cascade.admit([SURE], deadline=4.0)
+    cascade.now = 2.4
+    assert cascade.expire().settled == []
+    cascade.now = 2.6
+    cascade.expire()
+    assert isinstance(doomed.error, Overloaded)
+    assert doomed.abandoned == "overloaded"
+
+
+def test_a_survivor_that_cannot_make_it_is_answered_at_once_with_what_it_has():
+    cascade = Cascade(seconds=seconds)
+    request = cascade.admit([UNSURE, SURE], [SURE], deadline=4.0)
+    cascade.step()
+    cascade.now = 1.6  # stage 2 needs 2.5
+    cascade.expire()
+    assert [(result.exit, result.degraded) for result in request.answer.results] == [(1, True), (1, False)]
+    assert cascade.engine.slots_in_use == 0
+    assert cascade.scheduler.schedule(cascade.now) is None
 
 
 # -- operating points
@@ -318,7 +409,7 @@ def test_a_new_point_judges_what_has_not_begun():
 
 def test_a_lowered_point_lets_waiting_survivors_out_at_once():
     cascade = Cascade()
-    request, other = cascade.admit([0.5, 0.5]), cascade.admit([0.3, HIGH])
+    request, other = cascade.admit([0.5, 0.5]), cascade.admit([0.3, SURE])
     cascade.step()
     outcome = cascade.retune(2, 0.4, 0.4)
     assert outcome.settled == [request]
@@ -333,7 +424,7 @@ def test_a_lowered_point_lets_waiting_survivors_out_at_once():
 
 def test_an_image_that_the_new_point_would_have_let_out_earlier_keeps_its_own():
     cascade = Cascade(OperatingPoint(1, (0.8, 0.8, 0.0)))
-    request = cascade.admit([0.5, 0.3, LOW])
+    request = cascade.admit([0.5, 0.3, UNSURE])
     cascade.step()
     cascade.step()
     cascade.retune(2, 0.4, 0.2)  # 0.5 >= 0.4: it would not be here
@@ -345,7 +436,7 @@ def test_an_image_that_the_new_point_would_have_let_out_earlier_keeps_its_own():
 
 def test_an_image_that_runs_is_looked_at_when_it_comes_back():
     cascade = Cascade()
-    request = cascade.admit([0.5, LOW])
+    request = cascade.admit([0.5, UNSURE])
     batch = cascade.dispatch()
     cascade.retune(2, 0.4, 0.4)
     cascade.come_back(batch)
@@ -356,7 +447,7 @@ def test_an_image_that_runs_is_looked_at_when_it_comes_back():
 
 def test_a_raised_point_cannot_call_back_an_image_that_left_without_state():
     cascade = Cascade(OperatingPoint(1, (0.4, 0.4, 0.0)))
-    request = cascade.admit([0.5, LOW])
+    request = cascade.admit([0.5, UNSURE])
     batch = cascade.dispatch()
     cascade.retune(2, 0.8, 0.8)
     cascade.come_back(batch)
@@ -366,7 +457,7 @@ def test_a_raised_point_cannot_call_back_an_image_that_left_without_state():
 
 def test_a_request_with_a_decided_image_keeps_its_point():
     cascade = Cascade()
-    request = cascade.admit([HIGH], [0.5, LOW, LOW])
+    request = cascade.admit([SURE], [0.5, UNSURE, UNSURE])
     cascade.step()
     cascade.retune(2, 0.4, 0.4)
     cascade.run_dry()
@@ -376,7 +467,7 @@ def test_a_request_with_a_decided_image_keeps_its_point():
 
 def test_a_request_moves_only_when_none_of_its_images_runs():
     cascade = Cascade(sizes=(1, 1, 1))
-    request = cascade.admit([0.5, LOW], [0.5, LOW])
+    request = cascade.admit([0.5, UNSURE], [0.5, UNSURE])
     batch = cascade.dispatch()
     cascade.retune(2, 0.4, 0.4)
     assert request.point.version == 1
@@ -418,11 +509,15 @@ class Histories(RuleBasedStateMachine):
         sizes=st.tuples(*[st.integers(1, 4)] * 3),
         slots=st.integers(1, 12),
         thresholds=st.tuples(THRESHOLDS, THRESHOLDS),
+        costs=st.sampled_from([None, (0.0, 0.5), (2.0, 1.0)]),
     )
-    def begin(self, sizes, slots, thresholds):
+    def begin(self, sizes, slots, thresholds, costs):
         self.sizes, self.max_slots = sizes, slots
         self.versions = [OperatingPoint(0, (*thresholds, 0.0))]
-        self.cascade = Cascade(self.versions[0], sizes=sizes, max_queued_images=12, max_slots=slots)
+        self.seconds = None if costs is None else lambda stage, size: costs[0] + costs[1] * size  # noqa: ARG005
+        self.cascade = Cascade(
+            self.versions[0], sizes=sizes, max_queued_images=12, max_slots=slots, seconds=self.seconds
+        )
         self.confidences: dict[Request, list[tuple[float, ...]]] = {}
         self.deepest: dict[int, int] = {}  # by order of admission: the deepest stage an image was dispatched to
         self.orders: dict[Request, list[int]] = {}
@@ -433,17 +528,28 @@ class Histories(RuleBasedStateMachine):
         patience=st.sampled_from([1, 5, 50, 50, 50]),
         max_exit=st.sampled_from([None, None, None, None, 1, 2, 3]),
         min_confidence=st.sampled_from([None, None, None, None, 0.0, 0.5, 1.0]),
+        priority=st.sampled_from([NORMAL, NORMAL, HIGH, LOW, BACKGROUND]),
     )
-    def admit(self, images, patience, max_exit, min_confidence):
-        waiting = sum(self.cascade.scheduler.load.waiting)
+    def admit(self, images, patience, max_exit, min_confidence, priority):
+        load = self.cascade.scheduler.load
+        room = 12 if priority < LOW else 6
+        full = sum(load.waiting) + len(images) > room
         try:
             request = self.cascade.admit(
-                *images, deadline=self.cascade.now + patience, max_exit=max_exit, min_confidence=min_confidence
+                *images,
+                deadline=self.cascade.now + patience,
+                max_exit=max_exit,
+                min_confidence=min_confidence,
+                priority=priority,
             )
         except Overloaded:
-            assert waiting + len(images) > 12
+            # Or the first stage alone would take too long.
+            assert full or (self.seconds and patience < self.seconds(1, 1) * (load.waiting[0] + len(images)))
+        except DeadlineExceeded:
+            assert self.seconds
+            assert patience < self.seconds(1, 1)
         else:
-            assert waiting + len(images) <= 12
+            assert not full
             self.confidences[request] = [tuple(float(np.float32(u / 255)) for u in units(*image)) for image in images]
             self.orders[request] = [image.order for image in request.images]
 
@@ -452,6 +558,11 @@ class Histories(RuleBasedStateMachine):
     def dispatch(self, returns):
         """Start a batch; `returns`: it comes back before anything else happens."""
         load = self.cascade.scheduler.load
+        live = [image for request in self.confidences if not request.settled for image in request.images]
+        running = {image for batch in self.flying for image in batch.images}
+        queued = [image for image in live if image.result is None and image not in running]
+        waiting = Counter(image.stage for image in queued if image.request.priority != BACKGROUND)
+        hidden = Counter(image.stage for image in queued if image.request.priority == BACKGROUND)
         batch = self.cascade.scheduler.schedule(self.cascade.now)
         free = load.max_slots - load.slots
         if batch is None:
@@ -459,10 +570,16 @@ class Histories(RuleBasedStateMachine):
             assert not load.waiting[0] or not free, "idle while new images could start"
             return
         stage = batch.run.stage
-        assert not any(load.waiting[stage:]), "a deeper stage was passed over"
-        can_start = load.waiting[stage - 1] if stage > 1 else min(load.waiting[0], free)
+        background = {image.request.priority == BACKGROUND for image in batch.images}
+        assert len(background) == 1, "background work shares no batch"
+        if background == {True}:
+            assert not any(waiting[deeper] for deeper in (2, 3)), "background work before a client's"
+            assert not waiting[1] or not free, "background work before a client's"
+            waiting = hidden
+        assert not any(waiting[deeper] for deeper in range(stage + 1, 4)), "a deeper stage was passed over"
+        can_start = waiting[stage] if stage > 1 else min(waiting[1], free)
         assert len(batch.images) == min(can_start, self.sizes[stage - 1]), "as full as it can be"
-        orders = [image.order for image in batch.images]
+        orders = [(image.request.priority, image.request.deadline, image.order) for image in batch.images]
         assert orders == sorted(orders)
         assert not any(image.request.settled for image in batch.images), "nobody waits for it"
         assert batch.run.thresholds == [image.request.thresholds[stage - 1] for image in batch.images]
@@ -529,7 +646,7 @@ class Histories(RuleBasedStateMachine):
     def every_answer_follows_from_the_one_point_that_it_names(self):
         for request in self.cascade.settled:
             if request.answer is None:
-                assert request.abandoned in ("disconnect", "deadline", "engine_failed")
+                assert request.abandoned in ("disconnect", "deadline", "engine_failed", "overloaded")
                 continue
             assert request.answer.point == self.versions[request.answer.point.version]
             rows = zip(self.confidences[request], self.orders[request], request.answer.results, strict=True)
