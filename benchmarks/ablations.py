@@ -17,17 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import RESULTS
-from model.checkpoint import load_model
-from model.data import Normalize, Sample, eval_loader, scan_image_folder, select
+from benchmarks.small_models import Logged, log, records, trained
 from model.dvt import DVT
 from model.flops import cumulative_macs
 from model.recipes import RECIPES, Recipe
-from model.train import train
-from server.frontier import Records, evaluate_thresholds, sweep
+from server.frontier import evaluate_thresholds, sweep
 
 SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost
 
@@ -66,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         results["tables"][table] = rows = {}
         for row, changes in TABLES[table].items():
             models = [_trained(options, recipe, changes, seed) for seed in range(options.seeds)]
-            logged = [_logits(model, options, recipe) for model in models]
+            logged = [log(model, recipe, options.train, options.test) for model in models]
             macs = cumulative_macs(models[0])
             rows[row] = _judge(logged, macs)
             if table == "reuse" and row == "both":
@@ -83,50 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _trained(options: argparse.Namespace, recipe: Recipe, changes: dict[str, Any], seed: int) -> DVT:
     """Equal configurations of different tables are one run: its folder is named after what differs."""
     said = "+".join(f"{k}={v}" for k, v in changes.items() if v not in ("final", "all-layers")) or "both"
-    out = options.runs / f"{said}-seed{seed}"
-    finished = out / "model.safetensors"
-    if not finished.exists():
-        print(f"training {out.name}", file=sys.stderr)
-        recipe = replace(recipe, changes={**recipe.changes, **changes}, seed=seed)
-        train(options.train, out, recipe, resume=(out / "last.safetensors").exists())
-    return load_model(finished)[0]
-
-
-Logged = dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]]
-"""Per slice, "held-out" and "test": logits (E, N, K) and labels (N,)."""
-
-
-def _logits(model: DVT, options: argparse.Namespace, recipe: Recipe) -> Logged:
-    _, samples = scan_image_folder(options.train)
-    _, test = scan_image_folder(options.test)
-    return {
-        "held-out": _run(model, select(options.train, samples, recipe.held_out, "held-out")),
-        "test": _run(model, test),
-    }
-
-
-@torch.inference_mode()
-def _run(model: DVT, samples: list[Sample]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    config = model.config
-    normalize = Normalize(config.mean, config.std, torch.device("cpu"))
-    logits, labels = [], []
-    for images, classes in eval_loader(samples, config.resize, config.image_size, 256):
-        logits.append(torch.stack(model(normalize(images))))
-        labels.append(classes)
-    return torch.cat(logits, dim=1).numpy(), torch.cat(labels).numpy()
-
-
-def _records(logged: tuple[NDArray[np.float32], NDArray[np.int64]], criterion: str) -> Records:
-    """The score by which images leave, larger is surer, from 0 to 1; and what is right."""
-    logits, labels = logged
-    probabilities = torch.from_numpy(logits).double().softmax(dim=-1).numpy()
-    if criterion == "confidence":
-        score = probabilities.max(axis=-1)
-    elif criterion == "entropy":
-        score = 1 + (probabilities * np.log(probabilities + 1e-30)).sum(axis=-1) / np.log(probabilities.shape[-1])
-    else:
-        score = np.random.default_rng(0).random(logits.shape[:2])
-    return Records(np.clip(score[:-1], 0, 1).astype(np.float32), logits.argmax(axis=-1) == labels)
+    recipe = replace(recipe, changes={**recipe.changes, **changes}, seed=seed)
+    return trained(options.train, options.runs / f"{said}-seed{seed}", recipe)
 
 
 def _judge(seeds: list[Logged], macs: list[int], criterion: str = "confidence") -> dict[str, Any]:
@@ -134,7 +89,7 @@ def _judge(seeds: list[Logged], macs: list[int], criterion: str = "confidence") 
     costs = [m / 1e9 for m in macs]
     exits, budgets = [], []
     for logged in seeds:
-        solving, judging = (_records(logged[name], criterion) for name in ("held-out", "test"))
+        solving, judging = (records(logged[name], criterion) for name in ("held-out", "test"))
         exits.append(judging.correct.mean(axis=1) * 100)
         frontier = sweep(solving.confidence, solving.correct, costs)
         reached = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations
+from benchmarks import ablations, backbone
 
 Run = Callable[..., dict[str, Any]]
 
@@ -123,3 +123,21 @@ def test_ablations_train_judge_and_tell(image_folder: Path, tmp_path: Path) -> N
     assert ablations.main(arguments) == 0, "finished runs are not repeated"
     assert {run: (run / "model.safetensors").stat().st_mtime_ns for run in runs.iterdir()} == written
     assert (out / "ablations.md").read_text() == text
+
+
+def test_a_dvt_is_compared_with_its_backbone_trained_alone(image_folder: Path, tmp_path: Path) -> None:
+    arguments = [str(image_folder), str(image_folder), str(tmp_path / "runs"), "--recipe", "micro", "--epochs", "1"]
+    assert backbone.main([*arguments, "--out", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "backbone.json").read_text())["figures"]
+    last = figures["seed0_exit_mmacs"][-1] - figures["seed0_exit_mmacs"][-2]
+    assert 0 < figures["seed0_alone_mmacs"] < last, "alone, the last stage reuses nothing"
+    ratio = figures["seed0_read_ratio"]
+    assert ratio is None or ratio == pytest.approx(figures["seed0_alone_mmacs"] / figures["seed0_read_mmacs"])
+
+
+def test_a_cost_is_read_off_the_curve_between_its_points() -> None:
+    points = [(1.0, 0.5), (2.0, 0.7), (3.0, 0.6), (4.0, 0.8)]
+    assert backbone.cost_of(0.4, points) == 1.0
+    assert backbone.cost_of(0.6, points) == pytest.approx(1.5)
+    assert backbone.cost_of(0.75, points) == pytest.approx(3.5)
+    assert backbone.cost_of(0.9, points) is None
