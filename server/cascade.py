@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from server.core import Engine, Pixels, Slot, StageBatch, StageOutput
 from server.errors import EngineFailed
 from server.frontier import NEVER
 
 
-def every_stage(engine: Engine, pixels: Sequence[Pixels]) -> Iterator[StageOutput]:
+def every_stage(engine: Engine, pixels: Sequence[Pixels]) -> Generator[StageOutput, None, None]:
     """What stages 1, 2, … say of the images, as one batch each. A stage runs when its output is asked for.
 
     Whatever ends it, also a caller who closes it early, no state stays behind. Raises EngineFailed for a confidence
