@@ -7,6 +7,7 @@ the sizes from another place, as in a server, where batches of all stages and si
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -24,6 +25,8 @@ from server.bundle import Bundle
 from server.cascade import every_stage
 from server.core import Engine, Pixels
 from server.profile import Identity, LatencyProfile, StageCost
+
+log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WARM_UP_SIZES = (1, 4, 16, 64, 256)
@@ -102,6 +105,29 @@ def measure(
         for at, one in zip(by_stage, taken, strict=False):
             at[size].append(one)
     return tuple(_summary(samples) for samples in by_stage)
+
+
+def profile_at_start(bundle: Bundle, engine: Engine, *, executors: int, seconds: float) -> LatencyProfile | None:
+    """The bundle's profile where it is one for this engine here, otherwise a short one, measured now.
+
+    None where `seconds` is 0, or where the engine cannot be measured: a server starts all the same. Engine: warm, idle.
+    """
+    here = identify(bundle, engine, executors)
+    if bundle.profile is not None and bundle.profile.identity is not None:
+        misfit = bundle.profile.identity.misfit(here)
+        if misfit is None:
+            return bundle.profile
+        log.info("the bundle's latency profile was measured with %s", misfit)
+    if seconds == 0:
+        return None
+    began = time.monotonic()
+    try:
+        stages = measure(engine, seconds=seconds, concurrency=executors, sizes=WARM_UP_SIZES, rounds=WARM_UP_ROUNDS)
+    except Exception as error:  # whatever the engine raises
+        log.warning("no latency profile: the engine failed while it was measured (%s: %s)", type(error).__name__, error)
+        return None
+    log.info("measured a latency profile in %.1f s; a better one: dvt profile", time.monotonic() - began)
+    return LatencyProfile(stages, here)
 
 
 def profile_bundle(path: Path, *, executors: int | None, seconds: float) -> LatencyProfile:

@@ -6,8 +6,10 @@ import json
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -20,7 +22,7 @@ from server.engines import load_engine
 from server.engines.fake import FakeEngine
 from server.errors import BundleError
 from server.profile import LatencyProfile
-from server.profiling import as_table, identify, measure
+from server.profiling import as_table, identify, measure, profile_at_start
 
 FIXED = (0.004, 0.002, 0.0)
 PER_IMAGE = (0.001, 0.003, 0.006)
@@ -197,3 +199,55 @@ def test_a_profile_that_cannot_be_written_is_named_and_leaves_nothing_behind(bun
     with pytest.raises(BundleError, match=r"profile\.json: is a directory"):
         bundle.write_profile(LatencyProfile(stages, identify(bundle, FakeEngine(), 2)))
     assert sorted(copy.iterdir()) == before
+
+
+class TestAtTheStart:
+    """`profile_at_start`, and what a server makes of it."""
+
+    def test_a_profile_that_was_measured_here_is_used_as_it_is(self, bundle: Bundle) -> None:
+        engine = FakeEngine()
+        kept = LatencyProfile(LatencyProfile.lines([0.001] * 3, [0.001] * 3).stages, identify(bundle, engine, 2))
+        kept_by = replace(bundle, profile=kept)
+        assert profile_at_start(kept_by, engine, executors=2, seconds=9) is kept
+        assert profile_at_start(kept_by, engine, executors=2, seconds=0) is kept
+        assert engine.batches == []
+
+    def test_one_that_was_measured_elsewhere_is_measured_anew_and_the_log_says_why(
+        self, bundle: Bundle, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        engine = FakeEngine()
+        there = replace(identify(bundle, engine, 2), device="Another CPU")
+        kept_by = replace(bundle, profile=LatencyProfile(LatencyProfile.lines([1] * 3, [1] * 3).stages, there))
+        profile = profile_at_start(kept_by, engine, executors=2, seconds=9)
+        assert profile is not None
+        assert profile.identity == identify(bundle, engine, 2)
+        assert profile.seconds(1, 4) < 1
+        assert "measured with device Another CPU, not none" in caplog.text
+        assert profile_at_start(kept_by, engine, executors=2, seconds=0) is None
+
+    async def test_a_server_knows_what_batches_take_follows_it_and_says_it(
+        self, serve: Any, engine: FakeEngine, photo: Callable[..., bytes]
+    ) -> None:
+        async with serve(profile_seconds=9) as served:
+            live = served.service.profile
+            believed = live.seconds(1, 1)
+            assert 0 < believed < 1
+            assert engine.slots_in_use == 0
+            rows = (await served.http.get("/frontier")).json()["rows"]
+            assert all(row["ms"] > 0 for row in rows)
+            for stage in "123":
+                assert await served.metric("dvt_profile_image_seconds", stage=stage) >= 0
+            served.service.batch_finished(1, 1, 1000 * believed, 0)
+            assert live.seconds(1, 1) > believed
+            assert (await served.classify(photo(255))).status_code == 200
+
+    async def test_an_engine_that_cannot_be_measured_is_served_all_the_same(
+        self, serve: Any, engine: FakeEngine, photo: Callable[..., bytes], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        engine.fail_next = 1
+        async with serve(profile_seconds=9) as served:
+            assert served.service.profile is None
+            assert (await served.http.get("/frontier")).json()["rows"][0]["ms"] is None
+            assert (await served.classify(photo(255))).status_code == 200
+        assert "no latency profile: the engine failed while it was measured (RuntimeError: told to fail)" in caplog.text
