@@ -29,10 +29,9 @@ from server.profile import Identity, LatencyProfile, StageCost
 log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-WARM_UP_SIZES = (1, 4, 16, 64, 256)
+WARM_UP_SIZES = (1, 4, 8, 16, 64, 256)
 WARM_UP_ROUNDS = 5
 LEAST_ROUNDS = 5  # sizes for which there is no time as often as that are left out, the largest first
-BEYOND = 2  # times the largest batch that pays, to see that it does not
 
 
 def identify(bundle: Bundle, engine: Engine, concurrency: int) -> Identity:
@@ -47,18 +46,19 @@ def measure(
     seconds: float,
     concurrency: int = 1,
     sizes: Sequence[int] = SIZES,
+    beyond: int = 1,
     rounds: int | None = None,
     progress: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[StageCost, ...]:
     """Seconds per batch of every stage, p50 and p99, with `concurrency` batches running at once.
 
-    `sizes`, rising: those that a stage takes are tried, up to twice its largest batch that pays. Takes about `seconds`,
-    or `rounds` per thread where that is shorter; an engine that is too slow for that is run twice with one image. The
-    engine must be warm and idle. No state stays in it. Raises EngineFailed, and whatever the engine raises.
+    `sizes`, rising: those up to `beyond` times a stage's largest batch that pays. Takes about `seconds`, or `rounds`
+    per thread where that is shorter; an engine that is too slow for that is run twice with one image. The engine must
+    be warm and idle. No state stays in it. Raises EngineFailed, and whatever the engine raises.
     """
     # A stage gets its images from the one before: none is measured with more than that one is.
-    largest = tuple(accumulate((BEYOND * size for size in engine.max_batch_sizes), min))
+    largest = tuple(accumulate((beyond * size for size in engine.max_batch_sizes), min))
     rng = np.random.default_rng(0)
     pixels: list[Pixels] = list(rng.integers(0, 256, (min(largest[0], sizes[-1]), *engine.input_size, 3), np.uint8))
     until = clock() + seconds
@@ -141,7 +141,8 @@ def profile_bundle(path: Path, *, executors: int | None, seconds: float) -> Late
     engine = load_engine(bundle)
     try:
         engine.warm_up()
-        stages = measure(engine, seconds=seconds, concurrency=concurrency, progress=sys.stderr.isatty())
+        # Beyond what pays, to see that it does not. A server does not: the memory for it would stay with the engine.
+        stages = measure(engine, seconds=seconds, concurrency=concurrency, beyond=2, progress=sys.stderr.isatty())
         profile = LatencyProfile(stages, identify(bundle, engine, concurrency))
     finally:
         engine.close()
