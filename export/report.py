@@ -53,6 +53,7 @@ class Recording(Engine):
         self._engine = engine
         self.num_stages, self.num_classes = engine.num_stages, engine.num_classes
         self.input_size, self.max_batch_sizes = engine.input_size, engine.max_batch_sizes
+        self.runtime, self.device = engine.runtime, engine.device
         self._kept: list[list[Probabilities]] = [[] for _ in range(engine.num_stages)]
 
     @property

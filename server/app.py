@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -28,12 +28,15 @@ from server.batcher import Batcher
 from server.bodies import BodyLimits, Intake
 from server.budget import BudgetController, BudgetState
 from server.bundle import Bundle
-from server.core import Engine
+from server.core import Engine, ImageResult
 from server.decoding import Decoder
 from server.edge import Edge, Endpoint, answer_error, thin
 from server.errors import Draining, Overloaded, ServeError
+from server.frontier import FrontierRow, with_ms
 from server.images import ImageLimits
 from server.metrics import Metrics
+from server.profile import LiveProfile
+from server.profiling import profile_at_start
 from server.scheduler import Scheduler
 from server.settings import Settings, SettingsError
 from server.store import FileStore, MemoryStore, PolicyStore
@@ -77,7 +80,8 @@ class Service:
             max_queued_images=settings.max_queued_images,
             max_slots=settings.max_slots,
         )
-        self.batcher = Batcher(engine, scheduler, self.metrics, settings.executors, clock)
+        self.batcher = Batcher(engine, scheduler, self, settings.executors, clock)
+        self.profile: LiveProfile | None = None  # from the start on, where there is one
         self.budget.on_change(self.batcher.retune)
         self.intake = Intake(settings.max_requests, settings.max_held_bytes)
         self.body_limits = BodyLimits(settings.max_body_bytes, settings.max_images, settings.body_timeout_s)
@@ -92,9 +96,10 @@ class Service:
             held_bytes=lambda: self.intake.held_bytes,
             point=lambda: self.budget.point,
             ready=lambda: self.ready,
+            profile=lambda: self.profile,
         )
         # What does not change is written once.
-        self.frontier_document = orjson.dumps(_describe_frontier(bundle))
+        self.frontier_document = orjson.dumps(_describe_frontier(bundle, bundle.frontier.rows))
         self.model_document = orjson.dumps(_describe_model(settings, bundle, engine))
 
     # -- what the routes ask
@@ -138,12 +143,37 @@ class Service:
             request_id,
         )
 
+    # -- what the batcher tells (core.Observer)
+
+    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int) -> None:
+        self.metrics.batch_finished(stage, size, seconds, abandoned)
+        if self.profile is not None:
+            self.profile.observe(stage, size, seconds)
+
+    def image_finished(self, result: ImageResult) -> None:
+        self.metrics.image_finished(result)
+
+    def image_abandoned(self, reason: str) -> None:
+        self.metrics.image_abandoned(reason)
+
     # -- start and stop
 
     async def start(self) -> None:
-        """Returns when the first request would not be slower than the next."""
+        """Returns when the first request would not be slower than the next, and what batches take is known."""
         self.decoder.start()
         await self.batcher.start()
+        profile = await asyncio.to_thread(
+            profile_at_start,
+            self.bundle,
+            self.engine,
+            executors=self.settings.executors,
+            seconds=self.settings.profile_seconds,
+        )
+        if profile is not None:
+            self.profile = LiveProfile(profile)
+            seconds = profile.image_seconds(_batch_sizes(self.settings, self.engine))
+            rows = with_ms(self.bundle.frontier.rows, [1000 * s for s in seconds])
+            self.frontier_document = orjson.dumps(_describe_frontier(self.bundle, rows))
         self.phase = Phase.SERVING
 
     def leave(self) -> None:
@@ -275,12 +305,12 @@ def _read_token(file: Path | None) -> str | None:
     return token
 
 
-def _describe_frontier(bundle: Bundle) -> dict[str, Any]:
+def _describe_frontier(bundle: Bundle, rows: Sequence[FrontierRow]) -> dict[str, Any]:
     frontier = bundle.frontier
     return {
         "samples": frontier.samples,
         "stage_gmacs": frontier.stage_gmacs,
-        "rows": [dataclasses.asdict(row) for row in frontier.rows],
+        "rows": [dataclasses.asdict(row) for row in rows],
         "certificate": dataclasses.asdict(frontier.certificate) if frontier.certificate else None,
     }
 

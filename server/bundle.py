@@ -3,10 +3,12 @@
     bundle.json     this module's `Manifest`
     stageN.onnx     one graph per stage, named and hashed in the manifest
     frontier.json   the calibration, see `server.frontier`
+    profile.json    where it was measured: what batches take on one machine, see `server.profile`
 
 The frontier is not hashed in the manifest and not part of the version: calibration replaces that one file, in one
 atomic step, without a new export. What ties it to its stages is its key: version, precision and preprocessing, and it
-must fit exactly.
+must fit exactly. So is the profile, whose identity also names the machine; one that was measured on another is read,
+and it is for the server not to use it.
 
 Every path in a manifest is resolved inside the bundle's folder, without `..` and without symbolic links. Nothing is
 unpickled.
@@ -29,10 +31,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from server.errors import BundleError
 from server.frontier import Frontier
+from server.profile import LatencyProfile
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 FRONTIER = "frontier.json"
+PROFILE = "profile.json"
 EMBEDDED = Path(__file__).resolve().parent / "bundles" / "photo10"
 """The bundle that is served when none is named."""
 
@@ -146,18 +150,20 @@ class Manifest(_Frozen):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle that was checked. `solved` is None only where `load` was told that the frontier may be missing."""
+    """A bundle that was checked. `solved` is None only where `load` was told that the frontier may be missing,
+    `profile` also where none was measured."""
 
     path: Path
     manifest: Manifest
     solved: Frontier | None
+    profile: LatencyProfile | None = None
 
     @classmethod
     def load(cls, path: Path | str, verify: bool = True, *, need_frontier: bool = True) -> Bundle:
         """Read and check a bundle. Raises BundleError, one line that names the file and the cause.
 
-        `verify=False` skips the hashes (and only those). `need_frontier=False` is for calibration, which makes one:
-        the frontier that may lie there is not read.
+        `verify=False` skips the hashes (and only those). `need_frontier=False` is for calibrating and profiling, which
+        make what follows from the stages: the frontier and the profile that may lie there are not read.
         """
         root = Path(path)
         if not root.is_dir():
@@ -168,7 +174,9 @@ class Bundle:
             file = _resolve(root, stage.file)
             if verify and (digest := _sha256(file)) != stage.sha256:
                 raise BundleError(f"{file}: sha256 is {digest[:12]}…, the manifest says {stage.sha256[:12]}…")
-        return cls(root, manifest, _read_frontier(root, manifest) if need_frontier else None)
+        if not need_frontier:
+            return cls(root, manifest, None)
+        return cls(root, manifest, _read_frontier(root, manifest), _read_profile(root, manifest))
 
     @property
     def frontier(self) -> Frontier:
@@ -190,6 +198,12 @@ class Bundle:
         _check_frontier(self.path / FRONTIER, frontier, self.manifest)
         _write_atomically(self.path / FRONTIER, frontier.to_json())
         return replace(self, solved=frontier)
+
+    def write_profile(self, profile: LatencyProfile) -> Bundle:
+        """Put a new profile in place of the one that may be there, atomically; the bundle with it is returned."""
+        _check_profile(self.path / PROFILE, profile, self.manifest)
+        _write_atomically(self.path / PROFILE, profile.to_json())
+        return replace(self, profile=profile)
 
 
 def write_manifest(
@@ -274,6 +288,24 @@ def _check_frontier(file: Path, frontier: Frontier, manifest: Manifest) -> None:
         )
 
 
+def _read_profile(root: Path, manifest: Manifest) -> LatencyProfile | None:
+    if not os.path.lexists(root / PROFILE):
+        return None
+    file = _resolve(root, PROFILE)
+    try:
+        profile = LatencyProfile.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file}: {error}") from None
+    _check_profile(file, profile, manifest)
+    return profile
+
+
+def _check_profile(file: Path, profile: LatencyProfile, manifest: Manifest) -> None:
+    ours = profile.identity is not None and profile.identity.model == manifest.version
+    if ours and len(profile.stages) != len(manifest.stages):
+        raise BundleError(f"{file}: has {len(profile.stages)} stages, the manifest has {len(manifest.stages)}")
+
+
 def _resolve(root: Path, name: str) -> Path:
     """The regular file `name` inside `root`. Raises BundleError for anything else, links included."""
     relative = PurePosixPath(name)
@@ -302,14 +334,18 @@ def _sha256(file: Path) -> str:
 
 
 def _write_atomically(file: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    temporary = None
     try:
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
         with open(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)
         os.chmod(temporary, 0o644)  # mkstemp makes it private; a bundle is read by whoever serves it
         os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        if temporary is not None:
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise BundleError(f"{file}: {(error.strerror or 'cannot be written').lower()}") from None
         raise
 
 

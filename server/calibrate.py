@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from server.bundle import Bundle
-from server.core import Engine, Floats, Slot, StageBatch
-from server.errors import ServeError
+from server.cascade import every_stage
+from server.core import Engine, Floats
+from server.errors import EngineFailed, ServeError
 from server.frontier import NEVER, Frontier, FrontierRow, Records, sweep
 from server.guarantee import certify, losses, split, upper_bound
 from server.images import ImageLimits, decode
@@ -131,7 +132,7 @@ def record(
 
     def run(batch: Sequence[Example]) -> tuple[Floats, NDArray[np.bool_]]:
         pixels = [_read(file, bundle, limits) for file, _ in batch]
-        return _every_stage(engine, pixels, np.array([label for _, label in batch]))
+        return _judge(engine, pixels, np.array([label for _, label in batch]))
 
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="images") as pool,
@@ -178,24 +179,17 @@ def _read(file: Path, bundle: Bundle, limits: ImageLimits) -> NDArray[np.uint8]:
         raise CalibrationError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from error
 
 
-def _every_stage(
+def _judge(
     engine: Engine, pixels: Sequence[NDArray[np.uint8]], labels: NDArray[np.int64]
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Confidence (E-1, B) and correctness (E, B) at every exit, by thresholds that nobody reaches."""
+    """Confidence (E-1, B) and correctness (E, B) at every exit."""
     confidence, correct = [], []
-    slots: Sequence[Slot] = ()
     try:
-        for stage in range(1, engine.num_stages + 1):
-            last = stage == engine.num_stages
-            output = engine.run(StageBatch(stage, pixels, slots, [0.0 if last else NEVER] * len(pixels)))
-            slots = [slot for slot in output.slots if slot is not None]
-            if not last and len(slots) != len(pixels):
-                raise CalibrationError(f"stage {stage} gives a confidence above {NEVER:g}, or none at all")
+        for output in every_stage(engine, pixels):
             confidence.append(output.confidence)
             correct.append(output.probabilities.argmax(axis=1) == labels)
-    except BaseException:
-        engine.free(slots)  # a run that raises leaves the slots it was handed
-        raise
+    except EngineFailed as error:
+        raise CalibrationError(str(error)) from None
     return np.stack(confidence[:-1]), np.stack(correct)
 
 

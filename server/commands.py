@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of the server."""
     app.command("serve")(serve)
     app.command("calibrate")(calibrate)
+    app.command("profile")(profile)
     app.command("classify")(classify)
     app.command("budget")(budget)
 
@@ -137,6 +138,37 @@ def calibrate(
     except (BundleError, calibration.CalibrationError, ServeError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(calibration.as_json(frontier) if as_json else calibration.as_table(frontier))
+
+
+def profile(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle; its profile.json is replaced.")],
+    executors: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Batches to run at once, as DVT_EXECUTORS.  [default: the usable cores]"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1.0, max=3600.0, help="Time to measure for.")] = 20.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")] = False,
+) -> None:
+    """Measure what batches of BUNDLE take on this machine, by stage and size.
+
+    The server uses the profile where model, runtime, machine and executors are those that it was measured with, and
+    otherwise measures a short one as it starts. Measure while nothing else runs.
+
+    
+    Examples:
+      dvt profile bundles/photo10
+      dvt profile bundles/photo10 --executors 8 --seconds 60
+      dvt profile bundles/photo10 --json | jq .stages[0].p50
+    """
+    # Heavy, as above.
+    from server import profiling
+    from server.errors import BundleError, ServeError
+
+    try:
+        measured = profiling.profile_bundle(bundle, executors=executors, seconds=seconds)
+    except (BundleError, ServeError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(measured.to_json().rstrip() if as_json else profiling.as_table(measured))
 
 
 def classify(

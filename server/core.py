@@ -69,6 +69,8 @@ class Engine(Protocol):
     num_classes: int
     input_size: tuple[int, int]  # (H, W)
     max_batch_sizes: tuple[int, ...]  # largest batch that pays, per stage
+    runtime: str  # what runs the stages, with its version
+    device: str  # what it runs on: CPU model or GPU name
 
     @property
     def slots_in_use(self) -> int:

@@ -22,7 +22,7 @@ import json
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -49,7 +49,7 @@ class FrontierRow:
     accuracy_lower: float  # one-sided 95 % Wilson bound, for this row taken alone
     gmacs: float  # mean per image
     exit_fractions: tuple[float, ...]  # one per exit
-    ms: float | None = None  # mean per image; None until a latency profile exists
+    ms: float | None = None  # mean engine time per image; not kept with the rest: it is another on every machine
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,6 +224,13 @@ def sweep(
         key=key,
         exit_accuracy=tuple(round(float(a), _NDIGITS) for a in records.correct.mean(axis=1)),
         records=_subsample(records),
+    )
+
+
+def with_ms(rows: Sequence[FrontierRow], stage_ms: Sequence[float]) -> tuple[FrontierRow, ...]:
+    """The rows with their milliseconds. stage_ms (E,): what an image takes in each stage that it reaches."""
+    return tuple(
+        replace(row, ms=sum(sum(row.exit_fractions[stage:]) * ms for stage, ms in enumerate(stage_ms))) for row in rows
     )
 
 

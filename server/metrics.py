@@ -26,6 +26,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from server.core import ImageResult, OperatingPoint
+from server.profile import LiveProfile
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time beside every series would make half of each scrape
 
@@ -182,6 +183,7 @@ class Metrics:
         held_bytes: Callable[[], int],
         point: Callable[[], OperatingPoint],
         ready: Callable[[], bool],
+        profile: Callable[[], LiveProfile | None],
     ) -> None:
         """Say where the live figures are to be read. Called once, when the parts have been built."""
         self._live.sources = {
@@ -191,6 +193,7 @@ class Metrics:
             "held_bytes": held_bytes,
             "point": point,
             "ready": ready,
+            "profile": profile,
         }
 
     def render(self) -> bytes:
@@ -228,6 +231,19 @@ class _Live(Collector):
         for exit_, threshold in enumerate(point.thresholds if point else (), start=1):
             thresholds.add_metric([str(exit_)], threshold)
         yield thresholds
+
+        fixed = GaugeMetricFamily(
+            "dvt_profile_fixed_seconds", "What a batch is believed to take, of whatever size.", labels=["stage"]
+        )
+        image = GaugeMetricFamily(
+            "dvt_profile_image_seconds", "What each image of a batch is believed to add.", labels=["stage"]
+        )
+        profile: LiveProfile | None = now.get("profile")
+        for stage, cost in enumerate(profile.stages if profile else (), start=1):
+            fixed.add_metric([str(stage)], cost.fixed)
+            image.add_metric([str(stage)], cost.per_image)
+        yield fixed
+        yield image
 
         for name, help_, value in (
             ("dvt_budget_version", "Version of the operating point in force.", point.version if point else None),

@@ -127,7 +127,9 @@ class FrontierRow(_Model):
     accuracy_lower: float = Field(description="One-sided 95 % lower bound.")
     gmacs: float
     exit_fractions: list[float]
-    ms: float | None = Field(description="Mean time per image; null until a latency profile exists.")
+    ms: float | None = Field(
+        description="Mean engine time per image, in batches as large as pays; null without a latency profile."
+    )
 
 
 class Certificate(_Model):

@@ -85,6 +85,13 @@ class Settings(BaseSettings):
     max_batch_sizes: Annotated[tuple[int, ...] | None, NoDecode] = Field(
         None, description="Largest batch per stage, e.g. `16,8,4`; by default what the engine says pays."
     )
+    profile_seconds: float = Field(
+        1.0,
+        ge=0,
+        le=60,
+        description="Time to measure batches for at the start, where the bundle has no profile for this machine; 0 "
+        "measures none.",
+    )
     state_dir: Path | None = Field(
         default_factory=default_state_dir,
         description="Folder where the budget is kept across restarts; empty keeps it in memory only.",

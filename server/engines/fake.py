@@ -35,6 +35,8 @@ class FakeEngine:
         self.num_classes = num_classes
         self.input_size = input_size
         self.max_batch_sizes = tuple(max_batch_sizes)
+        self.runtime = "fake"
+        self.device = "none"
         self.batches: list[StageBatch] = []
         self.gates = {stage: threading.Event() for stage in range(1, num_stages + 1)}
         self.open_gates()

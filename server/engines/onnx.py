@@ -11,7 +11,9 @@ row's state. The next batch gathers its rows into one contiguous input.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,8 @@ class OnnxEngine:
         self.max_batch_sizes = tuple(
             max_batch_sizes or (largest_batch_that_pays(tokens=1 + h * w) for h, w in (s.grid for s in manifest.stages))
         )
+        self.runtime = f"onnxruntime {ort.__version__}"
+        self.device = cpu_model()
         if len(self.max_batch_sizes) != self.num_stages:
             raise ValueError(f"{len(self.max_batch_sizes)} batch sizes for {self.num_stages} stages")
         takes = [tuple(sorted(stage.inputs.keys() - {"image"})) for stage in manifest.stages]
@@ -94,6 +98,15 @@ class OnnxEngine:
 def largest_batch_that_pays(tokens: int) -> int:
     """Measured on CPU, per stage: 8-16 at 50 tokens, 4-8 at 101, 2-4 at 197; beyond that the caches overflow."""
     return 16 if tokens <= 64 else 8 if tokens <= 128 else 4
+
+
+def cpu_model() -> str:
+    """The model's name as Linux tells it, elsewhere what Python knows; at least the architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def open_session(graph: Path | bytes) -> ort.InferenceSession:

@@ -28,6 +28,8 @@ from server.settings import Settings
 GMACS = (0.01, 0.03, 0.08)
 LABELS = tuple(f"label{number}" for number in range(10))
 SIDE = 8
+# Nothing is kept, and nothing measured: the engine's record is the test's alone.
+DEFAULTS: dict[str, Any] = {"state_dir": None, "executors": 1, "decode_threads": 2, "profile_seconds": 0}
 
 
 def png(pixels: Pixels) -> bytes:
@@ -106,7 +108,7 @@ def serve(bundle: Bundle, engine: FakeEngine) -> Serve:
 
     @asynccontextmanager
     async def start(**settings: Any) -> AsyncIterator[Served]:
-        settings = {"state_dir": None, "executors": 1, "decode_threads": 2, **settings}
+        settings = {**DEFAULTS, **settings}
         app = create_app(Settings(**settings), bundle, engine)
         transport = httpx.ASGITransport(app)
         async with (
@@ -194,7 +196,7 @@ class Listening:
 def listening(bundle: Bundle, engine: FakeEngine) -> Any:
     @asynccontextmanager
     async def start(**settings: Any) -> AsyncIterator[Listening]:
-        values = Settings(**{"port": 0, "state_dir": None, "executors": 1, "decode_threads": 2, **settings})
+        values = Settings(**{"port": 0, **DEFAULTS, **settings})
         app = create_app(values, bundle, engine)
         started = asyncio.Event()
         server = listener.make_server(app, values, started.set)

@@ -38,7 +38,7 @@ def dvt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["classify"], ["budget"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["profile"], ["classify"], ["budget"]])
 def test_help_explains_and_shows_examples(dvt: Run, command: list[str]) -> None:
     status, out, _ = dvt(*command, "--help")
     assert status == 0
@@ -47,7 +47,7 @@ def test_help_explains_and_shows_examples(dvt: Run, command: list[str]) -> None:
 
 def test_all_commands_of_the_server_are_there(dvt: Run) -> None:
     _, out, _ = dvt("--help")
-    for command in ("serve", "classify", "budget"):
+    for command in ("serve", "profile", "classify", "budget"):
         assert f"\n  {command} " in out
 
 
@@ -64,6 +64,7 @@ def test_all_commands_of_the_server_are_there(dvt: Run) -> None:
         (["budget", "gmacs=1", "--hold", "x"], 2, "cost or quality"),
         (["serve", "no-such-folder", "--port", "0"], 2, "no-such-folder: no such folder"),
         (["serve", "--port", "70000"], 2, "DVT_PORT"),
+        (["profile", "no-such-folder"], 1, "no-such-folder: no such folder"),
     ],
 )
 def test_what_a_user_can_cause_is_one_line(dvt: Run, arguments: list[str], status: int, cause: str) -> None:

@@ -20,6 +20,7 @@ from server.frontier import (
     budget_area,
     sweep,
     wilson_lower,
+    with_ms,
 )
 
 GMACS = (0.47, 1.1, 2.31)
@@ -244,6 +245,11 @@ def test_the_area_under_the_budget_curve_is_a_mean_accuracy() -> None:
     assert budget_area(rows, 1.5, 2.0) == pytest.approx(0.65)
     with pytest.raises(ValueError, match="cheapest row costs"):
         budget_area(rows, 0.5, 2.0)
+
+
+def test_milliseconds_are_those_of_the_stages_that_images_reach() -> None:
+    row = FrontierRow((0.9, 0.7, 0.0), 0.8, 0.79, 0.5, (0.5, 0.3, 0.2))
+    assert with_ms([row], (2.0, 4.0, 10.0))[0].ms == pytest.approx(2 + 0.5 * 4 + 0.2 * 10)
 
 
 @pytest.mark.parametrize(("hits", "samples"), [(80, 100), (1, 7), (999, 1000)])

@@ -220,7 +220,7 @@ SERVER = textwrap.dedent(
             time.sleep(0.003)
             return super().run(batch)
 
-    settings = Settings(port=0, state_dir=None, executors=2, decode_threads=2)
+    settings = Settings(port=0, state_dir=None, executors=2, decode_threads=2, profile_seconds=0)
     bound = listener.bind(settings)
     app = create_app(settings, Bundle.load(sys.argv[1]), Slow(num_classes=10))
     sys.exit(not listener.run(app, settings, bound, lambda: print(bound.getsockname()[1], flush=True)))

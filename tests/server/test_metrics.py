@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.core import ImageResult, OperatingPoint
 from server.metrics import Metrics
+from server.profile import LatencyProfile, LiveProfile
 
 
 @pytest.fixture
@@ -62,6 +63,7 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
         held_bytes=lambda: 100,
         point=lambda: OperatingPoint(4, (0.9, 0.7, 0.0)),
         ready=lambda: True,
+        profile=lambda: LiveProfile(LatencyProfile.lines([0.001, 0.0, 0.0], [0.002, 0.003, 0.004])),
     )
     slots = 3
     assert value(metrics, "dvt_slots_in_use") == 3
@@ -69,6 +71,8 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
     assert value(metrics, "dvt_threshold", exit="2") == 0.7
     assert value(metrics, "dvt_budget_version") == 4
     assert value(metrics, "dvt_ready") == 1
+    assert value(metrics, "dvt_profile_fixed_seconds", stage="1") == pytest.approx(0.001)
+    assert value(metrics, "dvt_profile_image_seconds", stage="3") == pytest.approx(0.004)
 
 
 def test_the_text_is_what_prometheus_parses_and_every_metric_is_explained(metrics: Metrics) -> None:
