@@ -1,0 +1,175 @@
+"""Controllers that hold a budget while traffic changes. Plain classes: `now` is an argument, nothing waits or runs.
+
+Legend: λ images that arrive in a second, n executors, seconds are engine time unless said otherwise. The rows of a
+frontier rise in cost, so "the row that can be paid" is a look-up in a rising list.
+
+Theory of operation. A cascade that re-batches answers an image in about T = L / (1 - u), where L is the time of one
+image alone through all stages and u = λ s / n the load, s being the mean seconds of an image; a high quantile is a
+multiple f of that under load, and no more than L without any:
+
+    latency(u) = L (1 + (f - 1) u) / (1 - u)
+
+Solved for s, a latency target is a linear budget on the milliseconds of the frontier. f is 1 at the median, 2κ at the
+99th percentile and grows with the logarithm in between, as the tail of a queue does. κ is learned.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+KAPPA = 1.17  # half of p99 over p50 of a loaded cascade, before anything was observed
+
+
+def tail_factor(quantile: float, kappa: float) -> float:
+    """f, of a quantile from 0.5 on."""
+    share = (math.log(1 / (1 - quantile)) - math.log(2)) / (math.log(100) - math.log(2))
+    return max(1.0, 1 + (2 * kappa - 1) * share)
+
+
+def predicted_latency(alone: float, load: float, factor: float) -> float:
+    """Seconds, with `alone` = L and `load` = u; inf at a load of 1."""
+    return alone * (1 + (factor - 1) * load) / (1 - load) if load < 1 else math.inf
+
+
+def affordable_load(target: float, alone: float, factor: float) -> float:
+    """The load u at which the latency is `target` seconds; not above 0 where no load could meet it."""
+    return (target - alone) / (target + (factor - 1) * alone)
+
+
+class Rate:
+    """Events per second, exponentially forgotten over `horizon` seconds."""
+
+    def __init__(self, horizon: float) -> None:
+        self._horizon = horizon
+        self._count = 0
+        self._since: float | None = None
+        self.value = 0.0
+
+    def add(self, events: int) -> None:
+        self._count += events
+
+    def tick(self, now: float) -> float:
+        """Take in what came since the last tick."""
+        if self._since is None:
+            self._since, self._count = now, 0
+            return self.value
+        passed = now - self._since
+        if passed > 0:
+            share = 1 - math.exp(-passed / self._horizon)
+            self.value += share * (self._count / passed - self.value)
+            self._since, self._count = now, 0
+        return self.value
+
+
+class LatencyLoop:
+    """A latency target as seconds an image may cost, with κ trimmed by the latencies that are observed.
+
+    Fed forward by the arrival rate, corrected slowly: per block of answers, κ moves by a share of the logarithm of
+    observed over wanted. Up whenever the target is missed; down only while the target is what binds, else a quiet hour
+    would unlearn everything.
+    """
+
+    BLOCK = 256  # answers
+    DEAD_BAND = 0.05
+    GAIN_UP, GAIN_DOWN = 0.3, 0.1
+    KAPPA_RANGE = (0.5, 20.0)
+
+    def __init__(self, target: float, quantile: float, executors: int) -> None:
+        """`target` in seconds, from the last byte of a request's body to its answer."""
+        self.target, self.quantile = target, quantile
+        self._executors = executors
+        self.kappa = KAPPA
+        self._block: list[float] = []
+        self._binds = False
+
+    def affordable(self, rate: float, alone: float, dearest: float) -> float:
+        """Seconds an image may cost at this arrival rate. `alone`: L with all that is not engine time; `dearest`: the
+        cost of the best row, beyond which nothing binds. 0 or less where the target cannot be met."""
+        load = affordable_load(self.target, alone, tail_factor(self.quantile, self.kappa))
+        seconds = load * self._executors / rate if rate > 0 else math.copysign(math.inf, load)
+        self._binds = seconds < dearest
+        return seconds
+
+    def observe(self, latency: float) -> None:
+        """Count one answer, in seconds."""
+        self._block.append(latency)
+        if len(self._block) < self.BLOCK:
+            return
+        error = math.log(max(float(np.quantile(self._block, self.quantile)), 1e-9) / self.target)
+        self._block.clear()
+        if error > self.DEAD_BAND:
+            step = self.GAIN_UP * min(error, 1.0)
+        elif error < -self.DEAD_BAND and self._binds:
+            step = self.GAIN_DOWN * max(error, -1.0)
+        else:
+            return
+        low, high = self.KAPPA_RANGE
+        self.kappa = min(max(self.kappa * math.exp(step), low), high)
+
+
+class Brownout:
+    """The dearest row that the offered load leaves time for: accuracy is given up before requests are.
+
+    Nothing happens while what waits is done within half of the horizon: a busy server is not an overloaded one. Beyond,
+    a row can be paid if all that arrives, and what waits, within the horizon, fits into the executors' time. Down at
+    once; up only after there was room for HOLD seconds, a few rows a tick. Where the queue is all but empty and it is
+    only the arrival rate that speaks against a dearer row, one row is tried now and then: clients that send the next
+    request when they have an answer arrive faster the cheaper the row is.
+    """
+
+    TICK = 0.05  # seconds
+    USABLE = 0.95  # of the executors' time
+    HOLD = 0.5  # seconds
+    CLIMB = 0.02  # of the rows, a tick
+
+    def __init__(self) -> None:
+        self.row: int | None = None  # the last row that may be used; None: all
+        self._room_since: float | None = None
+
+    def tick(
+        self,
+        now: float,
+        *,
+        costs: Sequence[float],
+        wanted: int,
+        executors: int,
+        rate: float,
+        new: int,
+        deep: float,
+        horizon: float,
+    ) -> int | None:
+        """The ceiling from now on, always below `wanted`; None: no ceiling.
+
+        `costs`: seconds of the rows, rising; `wanted`: the row that the operator's target asks for; `new`: images that
+        wait for the first stage; `deep`: seconds of work that waits behind it; `horizon`: the seconds in which what
+        waits has to be done.
+        """
+        current = wanted if self.row is None else min(self.row, wanted)
+        wait = (new * costs[current] + deep) / executors
+        free, load = self.USABLE * executors - deep / horizon, rate + new / horizon
+        can_pay = max(0, bisect_right(costs, free / load) - 1) if load > 0 else len(costs) - 1
+        if wait > horizon / 2 and can_pay < current:
+            self.row, self._room_since = can_pay, None
+        elif self.row is not None:
+            step = max(1, round(self.CLIMB * len(costs)))
+            self._climb(now, can_pay, step, nearly_idle=wait < horizon / 8)
+        if self.row is not None and self.row >= wanted:
+            self.row = self._room_since = None
+        return self.row
+
+    def _climb(self, now: float, can_pay: int, step: int, nearly_idle: bool) -> None:
+        assert self.row is not None
+        if can_pay <= self.row and not nearly_idle:
+            self._room_since = None
+        elif self._room_since is None:
+            self._room_since = now
+        elif now - self._room_since >= self.HOLD:
+            if can_pay > self.row:
+                self.row = min(can_pay, self.row + step)
+            else:
+                self.row += 1
+                self._room_since = now
