@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import click
 import typer
@@ -25,6 +25,13 @@ def register_evaluate(app: typer.Typer) -> None:
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="model.safetensors of a training run.")],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder to write; must not exist.")],
+    criterion: Annotated[
+        str,
+        typer.Option(
+            metavar="max_probability|entropy",
+            help="What an exit's confidence is: the largest probability, or 1 - entropy / log(classes).",
+        ),
+    ] = "max_probability",
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint as a bundle: one ONNX file per stage, run and compared with PyTorch.
@@ -32,13 +39,17 @@ def export(
     The bundle still wants thresholds before it can serve: dvt calibrate BUNDLE IMAGES.
 
     \b
-    Example:
+    Examples:
       dvt export runs/photo10/model.safetensors photo10-bundle
+      dvt export runs/photo10/model.safetensors photo10-entropy --criterion entropy
     """
+    if criterion not in ("max_probability", "entropy"):
+        raise click.UsageError(f"--criterion is max_probability or entropy, not {criterion}")
     from tqdm import tqdm
 
     from export.verify import VerificationError
     from export.write import export_checkpoint
+    from server.frontier import Criterion
 
     with tqdm(total=5, disable=as_json or not sys.stderr.isatty(), bar_format="{desc} {bar} {elapsed}") as bar:
 
@@ -47,7 +58,7 @@ def export(
             bar.update()
 
         try:
-            written = export_checkpoint(checkpoint, bundle, progress)
+            written = export_checkpoint(checkpoint, bundle, progress, cast(Criterion, criterion))
         except (ValueError, OSError, VerificationError) as error:
             raise click.ClickException(str(error)) from None
     manifest = written.manifest

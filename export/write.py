@@ -19,9 +19,15 @@ from model.dvt import DVT
 from model.flops import cumulative_macs
 from server.bundle import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
 from server.engines.onnx import open_session
+from server.frontier import Criterion
 
 
-def export_checkpoint(checkpoint: Path, out: Path, progress: Callable[[str], None] = lambda _: None) -> Bundle:
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    criterion: Criterion = "max_probability",
+) -> Bundle:
     """Write the bundle of a checkpoint; it still wants a calibration before it can serve.
 
     Raises CheckpointError for an unusable checkpoint, FileExistsError where `out` exists, VerificationError where the
@@ -36,11 +42,15 @@ def export_checkpoint(checkpoint: Path, out: Path, progress: Callable[[str], Non
         "onnx": onnx.__version__,
         "opset": OPSET,
     }
-    return export_model(model, out, provenance, progress)
+    return export_model(model, out, provenance, progress, criterion)
 
 
 def export_model(
-    model: DVT, out: Path, provenance: dict[str, object], progress: Callable[[str], None] = lambda _: None
+    model: DVT,
+    out: Path,
+    provenance: dict[str, object],
+    progress: Callable[[str], None] = lambda _: None,
+    criterion: Criterion = "max_probability",
 ) -> Bundle:
     """As `export_checkpoint`, for a model in memory."""
     if out.exists():
@@ -48,7 +58,7 @@ def export_model(
     config = model.config
     progress("counting MACs")
     macs = cumulative_macs(model)
-    graphs = [StageGraph(model, number) for number in range(1, config.num_stages + 1)]
+    graphs = [StageGraph(model, number, criterion=criterion) for number in range(1, config.num_stages + 1)]
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -77,6 +87,7 @@ def export_model(
             preprocessing=Preprocessing(resize=config.resize, crop=(config.image_size, config.image_size)),
             stages=stages,
             precision="fp32",
+            criterion=criterion,
             parity=parity.to_dict(),
             provenance=provenance,
         )

@@ -278,6 +278,7 @@ def _read_token(file: Path | None) -> str | None:
 def _describe_frontier(bundle: Bundle) -> dict[str, Any]:
     frontier = bundle.frontier
     return {
+        "criterion": frontier.criterion,
         "samples": frontier.samples,
         "stage_gmacs": frontier.stage_gmacs,
         "rows": [dataclasses.asdict(row) for row in frontier.rows],
@@ -296,6 +297,7 @@ def _describe_model(settings: Settings, bundle: Bundle, engine: Engine) -> dict[
             for number, stage in enumerate(manifest.stages, start=1)
         ],
         "precision": manifest.precision,
+        "criterion": manifest.criterion,
         "engine": {
             "name": type(engine).__module__.rpartition(".")[2],
             "executors": settings.executors,

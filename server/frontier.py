@@ -24,13 +24,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FORMAT_VERSION = 1
-CRITERION = "max_probability"  # confidence: the largest softmax probability, computed in the exported graph
+Criterion = Literal["max_probability", "entropy"]
+"""What an exit's confidence is: the largest probability, or 1 - H(p) / log K of all K. From 0 to 1, larger is surer.
+
+The exported graph computes it; a frontier's thresholds, and a request's min_confidence, are on that scale."""
 NEVER = 2.0
 """A threshold that no confidence reaches: nobody leaves at this exit."""
 
@@ -81,7 +84,7 @@ class Frontier:
     key: str  # what it was calibrated for, see Manifest.frontier_key
     exit_accuracy: tuple[float, ...]  # (E,) were every image to leave there
     records: Records = field(compare=False, repr=False)  # at most MAX_RECORDS of the samples, evenly drawn
-    criterion: str = CRITERION
+    criterion: str = "max_probability"  # see Criterion
     certificate: Certificate | None = None
 
     @property
@@ -176,6 +179,7 @@ def sweep(
     stage_gmacs: Sequence[float],
     *,
     key: str = "",
+    criterion: Criterion = "max_probability",
     bins: int = 1024,
     max_rows: int = 257,
 ) -> Frontier:
@@ -224,6 +228,7 @@ def sweep(
         key=key,
         exit_accuracy=tuple(round(float(a), _NDIGITS) for a in records.correct.mean(axis=1)),
         records=_subsample(records),
+        criterion=criterion,
     )
 
 

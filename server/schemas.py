@@ -54,7 +54,7 @@ class Timing(_Model):
 class Result(_Model):
     predictions: list[Prediction] = Field(description="The `top_k` most probable classes, the most probable first.")
     exit: int = Field(ge=1, description="The exit at which the image left; counts from 1.")
-    confidence: float = Field(ge=0, le=1, description="Confidence at that exit.")
+    confidence: float = Field(ge=0, le=1, description="At that exit, by the model's `criterion`.")
     degraded: bool = Field(description="A deadline, not a threshold, ended the cascade.")
     gmacs: float = Field(description="Cumulative cost at that exit, billions of multiply-accumulates.")
     timing_ms: Timing
@@ -138,6 +138,7 @@ class Certificate(_Model):
 
 
 class Frontier(_Model):
+    criterion: Literal["max_probability", "entropy"] = Field(description="What the thresholds are compared with.")
     samples: int = Field(description="Images calibrated on.")
     stage_gmacs: list[float] = Field(description="Cumulative cost per exit.")
     rows: list[FrontierRow] = Field(description="From the cheapest to the most accurate.")
@@ -169,6 +170,9 @@ class Model(_Model):
     labels: list[str]
     stages: list[Stage]
     precision: str
+    criterion: Literal["max_probability", "entropy"] = Field(
+        description="What `confidence` is: the largest probability, or 1 - H(p) / log K with H the entropy of all K."
+    )
     engine: Engine
     preprocessing: Preprocessing
 
@@ -239,7 +243,13 @@ CLASSIFY: dict[str, Any] = {
                 "timeout_ms", "Answer by then; at most the server's `DVT_MAX_TIMEOUT_MS`.", type="number", minimum=0
             ),
             _query("max_exit", "Never go deeper than this exit.", type="integer", minimum=1),
-            _query("min_confidence", "Used in place of the live thresholds.", type="number", minimum=0, maximum=1),
+            _query(
+                "min_confidence",
+                "Used in place of the live thresholds; on the scale of the model's `criterion`.",
+                type="number",
+                minimum=0,
+                maximum=1,
+            ),
             _REQUEST_ID,
         ],
         "requestBody": {
