@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from export.imported import imported_frontier
 from export.stage import StageGraph, TensorShape
 from export.to_onnx import OPSET, write_onnx
 from export.verify import verify
@@ -27,8 +28,10 @@ def export_checkpoint(
     out: Path,
     progress: Callable[[str], None] = lambda _: None,
     criterion: Criterion = "max_probability",
+    notice: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
-    """Write the bundle of a checkpoint; it still wants a calibration before it can serve.
+    """Write the bundle of a checkpoint. It still wants a calibration before it can serve, unless the checkpoint brings
+    thresholds along; what is odd about those, in one line, goes to `notice`.
 
     Raises CheckpointError for an unusable checkpoint, FileExistsError where `out` exists, VerificationError where the
     graphs do not compute what the model does. `out` appears only when all of it is right.
@@ -42,7 +45,9 @@ def export_checkpoint(
         "onnx": onnx.__version__,
         "opset": OPSET,
     }
-    return export_model(model, out, provenance, progress, criterion)
+    bundle = export_model(model, out, provenance, progress, criterion)
+    frontier = imported_frontier(header.get("imported", {}), bundle.manifest, notice)
+    return bundle if frontier is None else bundle.write_frontier(frontier)
 
 
 def export_model(

@@ -279,6 +279,7 @@ def _describe_frontier(bundle: Bundle) -> dict[str, Any]:
     frontier = bundle.frontier
     return {
         "criterion": frontier.criterion,
+        "source": frontier.source,
         "samples": frontier.samples,
         "stage_gmacs": frontier.stage_gmacs,
         "rows": [dataclasses.asdict(row) for row in frontier.rows],

@@ -33,11 +33,11 @@ DEFAULT_SLACK = 0.005  # accuracy given up against the knee, where no operator h
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What calibration says of the thresholds in force."""
+    """What calibration says of the thresholds in force; None throughout where it cannot tell."""
 
-    accuracy: float
-    gmacs: float
-    exit_fractions: tuple[float, ...]
+    accuracy: float | None
+    gmacs: float | None
+    exit_fractions: tuple[float, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +81,25 @@ class BudgetState:
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """What is put in force, and what calibration says of it."""
+
+    thresholds: tuple[float, ...]
+    predicted: Prediction
+
+    @classmethod
+    def of(cls, row: FrontierRow) -> Setting:
+        return cls(row.thresholds, Prediction(row.accuracy, row.gmacs, row.exit_fractions))
+
+
+@dataclass(frozen=True, slots=True)
 class Solution:
     """A checked target and what the frontier makes of it."""
 
     target: dict[str, Any]
     hold: Hold
     clamped: bool
-    row: FrontierRow
+    setting: Setting
     held_gmacs: float | None  # the mean cost that the cost loop holds; None: thresholds stay
 
 
@@ -102,7 +114,10 @@ def solve(frontier: Frontier, target: Target, hold: str = "cost") -> Solution:
     kept = cast(Hold, hold)
     if "thresholds" in target:
         given = _thresholds(target["thresholds"], frontier.num_exits)
-        return Solution({"thresholds": given}, "quality", False, frontier.predict(given), None)
+        predicted = frontier.predict(given)
+        unknown = Setting((*given[: frontier.num_exits - 1], 0.0), Prediction(None, None, None))
+        setting = unknown if predicted is None else Setting.of(predicted)
+        return Solution({"thresholds": given}, "quality", False, setting, None)
     if "gmacs" in target:
         gmacs = _number("gmacs", target["gmacs"])
         row = frontier.by_gmacs(gmacs)
@@ -110,20 +125,21 @@ def solve(frontier: Frontier, target: Target, hold: str = "cost") -> Solution:
             raise _infeasible(frontier, f"the cheapest operating point costs {frontier.rows[0].gmacs:g} GMAC per image")
         # Held is what was asked for, not the row below it: the loop may use what lies between two rows, and a clamped
         # budget leaves room above the knee for traffic that is harder than the calibration set.
-        return Solution({"gmacs": gmacs}, kept, gmacs > frontier.knee.gmacs, row, gmacs if kept == "cost" else None)
+        held = gmacs if kept == "cost" else None
+        return Solution({"gmacs": gmacs}, kept, gmacs > frontier.knee.gmacs, Setting.of(row), held)
     accuracy = _number("accuracy", target["accuracy"])
     row = frontier.by_accuracy(accuracy)
     if row is None:
         raise _infeasible(frontier, f"the most accurate operating point reaches {frontier.knee.accuracy:g}")
     clamped = accuracy < frontier.rows[0].accuracy
-    return Solution({"accuracy": accuracy}, kept, clamped, row, row.gmacs if kept == "cost" else None)
+    return Solution({"accuracy": accuracy}, kept, clamped, Setting.of(row), row.gmacs if kept == "cost" else None)
 
 
 def default_solution(frontier: Frontier) -> Solution:
     """Until an operator speaks: the cheapest row within half a point of the best, thresholds left as calibrated."""
     row = frontier.by_accuracy(max(frontier.knee.accuracy - DEFAULT_SLACK, frontier.rows[0].accuracy))
     assert row is not None, "no accuracy at or below the knee's is out of reach"
-    return Solution({"accuracy": row.accuracy}, "quality", False, row, None)
+    return Solution({"accuracy": row.accuracy}, "quality", False, Setting.of(row), None)
 
 
 class CostLoop:
@@ -142,11 +158,11 @@ class CostLoop:
     FILTER = 0.5  # share of the newest block in y
     MAX_STEP = 16
 
-    def __init__(self, frontier: Frontier, gmacs: float, row: int) -> None:
-        """`gmacs` is the budget, `row` the index of the row in force."""
+    def __init__(self, frontier: Frontier, gmacs: float) -> None:
+        """`gmacs` is the budget; the loop begins at the row that calibration puts there."""
         self._costs = [r.gmacs for r in frontier.rows]
         self._budget = gmacs
-        self.row = row
+        self.row = self._row_at(gmacs)
         self._sum = 0.0
         self._images = 0
         self._filtered: float | None = None
@@ -173,10 +189,13 @@ class CostLoop:
         past_end = wanted > self._costs[-1] if error > 0 else wanted < self._costs[0]
         if not past_end:
             self._integral += error
-        aim = max(0, bisect_right(self._costs, self._wanted(error, self._integral)) - 1)
+        aim = self._row_at(self._wanted(error, self._integral))
         step = max(-self.MAX_STEP, min(self.MAX_STEP, aim - self.row))
         self.row += step
         return step != 0
+
+    def _row_at(self, gmacs: float) -> int:
+        return max(0, bisect_right(self._costs, gmacs) - 1)
 
     def _wanted(self, error: float, integral: float) -> float:
         return self._budget * (1 + self.PROPORTIONAL * error + self.INTEGRAL * integral)
@@ -230,17 +249,18 @@ class BudgetController:
         if self._loop is None or steered or result.degraded:
             return
         if self._loop.observe(self._frontier.stage_gmacs[result.exit - 1]):
-            self._move_to(self._frontier.rows[self._loop.row])
+            self._put_in_force(self._point.version, Setting.of(self._frontier.rows[self._loop.row]))
+            self._tell()
 
     def state(self) -> BudgetState:
-        solution, row, rows = self._solution, self._row, self._frontier.rows
+        solution, rows = self._solution, self._frontier.rows
         return BudgetState(
             version=self._point.version,
             target=dict(solution.target),
             hold=solution.hold,
             clamped=solution.clamped,
             thresholds=self._point.thresholds,
-            predicted=Prediction(row.accuracy, row.gmacs, row.exit_fractions),
+            predicted=self._setting.predicted,
             observed=self._window.observed(),
             feasible=_feasible(rows[0], rows[-1]),
         )
@@ -296,18 +316,15 @@ class BudgetController:
 
     def _adopt(self, version: int, solution: Solution) -> None:
         self._solution = solution
-        self._row = solution.row
-        self._point = OperatingPoint(version, solution.row.thresholds)
+        self._put_in_force(version, solution.setting)
         self._window = _Window(self._frontier.stage_gmacs)
         self._loop: CostLoop | None = None
         if solution.held_gmacs is not None:
-            row = self._frontier.rows.index(solution.row)
-            self._loop = CostLoop(self._frontier, solution.held_gmacs, row)
+            self._loop = CostLoop(self._frontier, solution.held_gmacs)
 
-    def _move_to(self, row: FrontierRow) -> None:
-        self._row = row
-        self._point = OperatingPoint(self._point.version, row.thresholds)
-        self._tell()
+    def _put_in_force(self, version: int, setting: Setting) -> None:
+        self._setting = setting
+        self._point = OperatingPoint(version, setting.thresholds)
 
     def _tell(self) -> None:
         for callback in self._callbacks:

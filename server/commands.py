@@ -240,9 +240,14 @@ def _describe_budget(state: dict[str, Any]) -> str:
         f"version     {state['version']}",
         f"target      {target}, hold {state['hold']}{clamped}",
         f"thresholds  {_numbers(state['thresholds'])}",
-        f"predicted   accuracy {predicted['accuracy']:.4f}, {predicted['gmacs']:.4g} GMAC, "
-        f"exits {_percent(predicted['exit_fractions'])}",
     ]
+    if predicted["gmacs"] is None:
+        lines.append("predicted   unknown: the frontier was imported, without records of images")
+    else:
+        lines.append(
+            f"predicted   accuracy {predicted['accuracy']:.4f}, {predicted['gmacs']:.4g} GMAC, "
+            f"exits {_percent(predicted['exit_fractions'])}"
+        )
     if observed["images"]:
         latency = observed["latency_ms"]
         lines.append(

@@ -24,7 +24,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +34,8 @@ Criterion = Literal["max_probability", "entropy"]
 """What an exit's confidence is: the largest probability, or 1 - H(p) / log K of all K. From 0 to 1, larger is surer.
 
 The exported graph computes it; a frontier's thresholds, and a request's min_confidence, are on that scale."""
+Source = Literal["calibration", "imported"]
+"""Whose thresholds: solved here, from records of images, or brought along by a published checkpoint, without any."""
 NEVER = 2.0
 """A threshold that no confidence reaches: nobody leaves at this exit."""
 
@@ -49,7 +51,7 @@ class FrontierRow:
 
     thresholds: tuple[float, ...]  # one per exit, the last is 0.0; NEVER where nobody leaves
     accuracy: float
-    accuracy_lower: float  # one-sided 95 % Wilson bound, for this row taken alone
+    accuracy_lower: float | None  # one-sided 95 % Wilson bound, for this row taken alone; None: images unknown
     gmacs: float  # mean per image
     exit_fractions: tuple[float, ...]  # one per exit
     ms: float | None = None  # mean per image; None until a latency profile exists
@@ -80,11 +82,12 @@ class Frontier:
 
     rows: tuple[FrontierRow, ...]
     stage_gmacs: tuple[float, ...]  # (E,) cumulative
-    samples: int  # images calibrated on
+    samples: int  # images calibrated on; 0 where it was imported
     key: str  # what it was calibrated for, see Manifest.frontier_key
     exit_accuracy: tuple[float, ...]  # (E,) were every image to leave there
-    records: Records = field(compare=False, repr=False)  # at most MAX_RECORDS of the samples, evenly drawn
+    records: Records | None = field(compare=False, repr=False)  # at most MAX_RECORDS of the samples, evenly drawn
     criterion: str = "max_probability"  # see Criterion
+    source: Source = "calibration"
     certificate: Certificate | None = None
 
     @property
@@ -106,9 +109,10 @@ class Frontier:
         at = bisect_left(self.rows, accuracy, key=lambda row: row.accuracy)
         return self.rows[at] if at < len(self.rows) else None
 
-    def predict(self, thresholds: Sequence[float]) -> FrontierRow:
-        """What any thresholds would do on the calibration records: E of them, or E-1 (the last is 0)."""
-        return evaluate_thresholds(self.records, thresholds, self.stage_gmacs)
+    def predict(self, thresholds: Sequence[float]) -> FrontierRow | None:
+        """What any thresholds would do on the calibration records: E of them, or E-1 (the last is 0). None where there
+        are no records."""
+        return None if self.records is None else evaluate_thresholds(self.records, thresholds, self.stage_gmacs)
 
     def to_json(self) -> str:
         """Stable text, one row a line."""
@@ -116,19 +120,15 @@ class Frontier:
             "format_version": FORMAT_VERSION,
             "key": self.key,
             "criterion": self.criterion,
+            "source": self.source,
             "samples": self.samples,
             "stage_gmacs": self.stage_gmacs,
             "exit_accuracy": self.exit_accuracy,
             "certificate": asdict(self.certificate) if self.certificate else None,
         }
-        records = {
-            "count": self.records.correct.shape[1],
-            "confidence": _encode(self.records.confidence.astype("<f4").tobytes()),
-            "correct": _encode(np.packbits(self.records.correct).tobytes()),
-        }
         lines = [f'"{name}": {_dump(value)},' for name, value in head.items()]
         lines += ['"rows": [', ",\n".join(_dump(asdict(row)) for row in self.rows), "],"]
-        lines += [f'"records": {_dump(records)}']
+        lines += [f'"records": {_dump(_describe_records(self.records))}']
         return "{\n" + "\n".join(lines) + "\n}\n"
 
     @classmethod
@@ -148,6 +148,7 @@ class Frontier:
                 exit_accuracy=tuple(map(float, document["exit_accuracy"])),
                 records=_parse_records(document["records"], len(stage_gmacs)),
                 criterion=str(document["criterion"]),
+                source=document.get("source", "calibration"),
                 certificate=_parse_certificate(document.get("certificate")),
             )
         except json.JSONDecodeError as error:
@@ -162,7 +163,8 @@ class Frontier:
             raise ValueError("no rows")
         exits = self.num_exits
         for number, row in enumerate(self.rows):
-            numbers = (*row.thresholds, *row.exit_fractions, row.accuracy, row.accuracy_lower, row.gmacs)
+            lower = row.accuracy if row.accuracy_lower is None else row.accuracy_lower
+            numbers = (*row.thresholds, *row.exit_fractions, row.accuracy, lower, row.gmacs)
             if not all(map(math.isfinite, numbers)):
                 raise ValueError(f"row {number} holds a number that is not finite")
             if len(row.thresholds) != exits or len(row.exit_fractions) != exits or row.thresholds[-1] != 0:
@@ -171,6 +173,8 @@ class Frontier:
             raise ValueError("rows do not rise in cost and accuracy")
         if len(self.exit_accuracy) != exits:
             raise ValueError(f"exit_accuracy does not have {exits} values")
+        if self.source not in get_args(Source):
+            raise ValueError(f"source {self.source!r} is none of {', '.join(get_args(Source))}")
 
 
 def sweep(
@@ -366,11 +370,11 @@ def _subsample(records: Records) -> Records:
 
 
 def _parse_row(row: dict[str, Any]) -> FrontierRow:
-    ms = row["ms"]
+    lower, ms = row["accuracy_lower"], row["ms"]
     return FrontierRow(
         thresholds=tuple(map(float, row["thresholds"])),
         accuracy=float(row["accuracy"]),
-        accuracy_lower=float(row["accuracy_lower"]),
+        accuracy_lower=None if lower is None else float(lower),
         gmacs=float(row["gmacs"]),
         exit_fractions=tuple(map(float, row["exit_fractions"])),
         ms=None if ms is None else float(ms),
@@ -386,7 +390,19 @@ def _parse_certificate(document: dict[str, Any] | None) -> Certificate | None:
     return Certificate(loss, confidence, int(document["samples"]), gmacs)
 
 
-def _parse_records(document: dict[str, Any], exits: int) -> Records:
+def _describe_records(records: Records | None) -> dict[str, Any] | None:
+    if records is None:
+        return None
+    return {
+        "count": records.correct.shape[1],
+        "confidence": _encode(records.confidence.astype("<f4").tobytes()),
+        "correct": _encode(np.packbits(records.correct).tobytes()),
+    }
+
+
+def _parse_records(document: dict[str, Any] | None, exits: int) -> Records | None:
+    if document is None:
+        return None
     count = int(document["count"])
     confidence = np.frombuffer(base64.b64decode(document["confidence"], validate=True), dtype="<f4")
     bits = np.frombuffer(base64.b64decode(document["correct"], validate=True), dtype=np.uint8)

@@ -72,9 +72,11 @@ class Images(_Model):
 
 
 class Predicted(_Model):
-    accuracy: float
-    gmacs: float
-    exit_fractions: list[float]
+    """Null throughout: thresholds that an operator gave, on a frontier that was imported without records."""
+
+    accuracy: float | None
+    gmacs: float | None
+    exit_fractions: list[float] | None
 
 
 class Latency(_Model):
@@ -124,7 +126,7 @@ class Budget(_Model):
 class FrontierRow(_Model):
     thresholds: list[float]
     accuracy: float
-    accuracy_lower: float = Field(description="One-sided 95 % lower bound.")
+    accuracy_lower: float | None = Field(description="One-sided 95 % lower bound; null where images are not known.")
     gmacs: float
     exit_fractions: list[float]
     ms: float | None = Field(description="Mean time per image; null until a latency profile exists.")
@@ -139,7 +141,10 @@ class Certificate(_Model):
 
 class Frontier(_Model):
     criterion: Literal["max_probability", "entropy"] = Field(description="What the thresholds are compared with.")
-    samples: int = Field(description="Images calibrated on.")
+    source: Literal["calibration", "imported"] = Field(
+        description="Solved here, on images, or brought along by a published checkpoint."
+    )
+    samples: int = Field(description="Images calibrated on; 0 where it was imported.")
     stage_gmacs: list[float] = Field(description="Cumulative cost per exit.")
     rows: list[FrontierRow] = Field(description="From the cheapest to the most accurate.")
     certificate: Certificate | None = Field(description="Null where calibration was asked for none.")

@@ -186,7 +186,7 @@ def test_until_an_operator_speaks_it_runs_just_below_the_knee_with_fixed_thresho
     assert state.predicted.gmacs < frontier.knee.gmacs
     assert state.target == {"accuracy": state.predicted.accuracy}
     again = solve(frontier, state.target, state.hold)
-    assert again.row.thresholds == state.thresholds, "the target shown is one that gives these thresholds"
+    assert again.setting.thresholds == state.thresholds, "the target shown is one that gives these thresholds"
 
 
 async def test_if_match_lets_only_the_version_it_names_be_replaced(frontier: Frontier) -> None:
@@ -329,7 +329,7 @@ def test_a_stored_target_is_solved_anew_on_the_frontier_of_today() -> None:
     store = MemoryStore()
     store.save(Policy(7, {"gmacs": 1.0}, "cost"))
     other = sweep(*traffic(5000, seed=5, harder=1.0), GMACS)
-    assert BudgetController(other, store).point == OperatingPoint(7, solve(other, {"gmacs": 1.0}).row.thresholds)
+    assert BudgetController(other, store).point == OperatingPoint(7, solve(other, {"gmacs": 1.0}).setting.thresholds)
 
 
 @pytest.mark.parametrize("target", [{"gmacs": 0.1}, {"latency_ms": 5}, {"thresholds": [0.5] * 5}, {"gmacs": "x"}])
@@ -446,9 +446,7 @@ async def test_images_that_the_thresholds_did_not_decide_do_not_move_them(
 
 
 def loop_at(frontier: Frontier, gmacs: float) -> CostLoop:
-    row = frontier.by_gmacs(gmacs)
-    assert row is not None
-    return CostLoop(frontier, gmacs, frontier.rows.index(row))
+    return CostLoop(frontier, gmacs)
 
 
 def test_the_loop_moves_at_the_end_of_a_block_and_by_sixteen_rows_at_most(frontier: Frontier) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,6 +191,7 @@ def test_json_gives_the_same_frontier_back_and_stays_small() -> None:
         ("rows", None, "not a frontier"),
         ("stage_gmacs", [0.1, 0.2], "records: sizes do not fit|does not have 2 thresholds"),
         ("exit_accuracy", [0.5], "exit_accuracy"),
+        ("source", "hearsay", "source 'hearsay' is none of calibration, imported"),
         ("records", {"count": 3, "confidence": "AAAA", "correct": "AA=="}, "."),
     ],
 )
@@ -197,6 +199,20 @@ def test_a_file_that_is_no_frontier_is_refused_with_its_cause(name: str, value: 
     document = json.loads(sweep(*synthetic(50), GMACS).to_json())
     with pytest.raises(ValueError, match=cause):
         Frontier.from_json(json.dumps({**document, name: value}))
+
+
+def test_a_frontier_without_records_says_nothing_of_thresholds_that_are_not_its_rows() -> None:
+    solved = sweep(*synthetic(50), GMACS)
+    assert solved.source == "calibration"
+    rows = tuple(replace(row, accuracy_lower=None) for row in solved.rows)
+    frontier = replace(solved, rows=rows, samples=0, records=None, source="imported")
+    again = Frontier.from_json(frontier.to_json())
+    assert again == frontier
+    assert again.predict([0.5, 0.5]) is None
+    assert again.by_gmacs(1.0) == frontier.by_gmacs(1.0)
+    document = json.loads(solved.to_json())
+    del document["source"]
+    assert Frontier.from_json(json.dumps(document)).source == "calibration"
 
 
 def test_rows_out_of_order_or_not_finite_are_refused() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server import schemas
+from server import commands, schemas
+from server.app import create_app
+from server.bundle import Bundle
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
+from server.settings import Settings
 
 Photo = Callable[..., bytes]
 SURE, UNSURE = 255, 10
@@ -417,6 +421,26 @@ class TestTheRest:
         body = (await served.http.get("/frontier")).json()
         schemas.Frontier.model_validate(body, strict=True)
         assert [row["gmacs"] for row in body["rows"]] == sorted(row["gmacs"] for row in body["rows"])
+
+    async def test_thresholds_on_an_imported_frontier_have_no_prediction(
+        self, bundle: Bundle, engine: FakeEngine
+    ) -> None:
+        rows = tuple(replace(row, accuracy_lower=None) for row in bundle.frontier.rows)
+        imported = replace(bundle.frontier, rows=rows, samples=0, records=None, source="imported")
+        app = create_app(Settings(state_dir=None), replace(bundle, solved=imported), engine)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://dvt") as http,
+        ):
+            body = (await http.put("/budget", json={"thresholds": [0.5, 0.5]})).json()
+            schemas.Budget.model_validate(body, strict=True)
+            assert body["thresholds"] == [0.5, 0.5, 0.0]
+            assert body["predicted"] == {"accuracy": None, "gmacs": None, "exit_fractions": None}
+            assert "predicted   unknown" in commands._describe_budget(body)
+            assert (await http.get("/metrics")).status_code == 200
+            body = (await http.get("/frontier")).json()
+            schemas.Frontier.model_validate(body, strict=True)
+            assert (body["source"], body["samples"], body["rows"][0]["accuracy_lower"]) == ("imported", 0, None)
 
     async def test_the_model_is_described(self, served: Any) -> None:
         body = (await served.http.get("/model")).json()
