@@ -129,11 +129,12 @@ class Service:
     def note_budget(self, state: BudgetState, client: object, request_id: str) -> None:
         """The audit line of a change."""
         log.info(
-            "budget %d: target %s, hold %s, thresholds %s, from %s, request %s",
+            "budget %d: target %s, hold %s, thresholds %s, mix %s, from %s, request %s",
             state.version,
             state.target,
             state.hold,
             state.thresholds,
+            state.mix,
             client,
             request_id,
         )

@@ -102,8 +102,10 @@ class Batcher:
         deadline: float,
         max_exit: int | None = None,
         min_confidence: float | None = None,
+        place: float = 0.0,
     ) -> Answer:
-        """Classify the images of one request. `deadline`: absolute, on the batcher's clock.
+        """Classify the images of one request. `deadline`: absolute, on the batcher's clock. The rest is as in
+        `Scheduler.admit`.
 
         Cancelling the awaiting task abandons the images. Raises Overloaded and Draining at the door, DeadlineExceeded,
         EngineFailed and Draining later.
@@ -111,7 +113,7 @@ class Batcher:
         if self._draining or not self.healthy:
             raise Draining("the server is shutting down", retry_after_s=RETRY_ELSEWHERE_S)
         request = self._scheduler.admit(
-            images, self._clock(), deadline=deadline, max_exit=max_exit, min_confidence=min_confidence
+            images, self._clock(), deadline=deadline, max_exit=max_exit, min_confidence=min_confidence, place=place
         )
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._futures[request] = future

@@ -57,6 +57,30 @@ class FrontierRow:
     ms: float | None = None  # mean per image; None until a latency profile exists
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Two rows of which every request meets one, chosen at random, and what that comes to on average."""
+
+    cheaper: FrontierRow
+    dearer: FrontierRow
+    share: float  # of the requests that meet the dearer row, 0 to 1
+
+    @property
+    def accuracy(self) -> float:
+        return self._mean(self.cheaper.accuracy, self.dearer.accuracy)
+
+    @property
+    def gmacs(self) -> float:
+        return self._mean(self.cheaper.gmacs, self.dearer.gmacs)
+
+    @property
+    def exit_fractions(self) -> tuple[float, ...]:
+        return tuple(map(self._mean, self.cheaper.exit_fractions, self.dearer.exit_fractions))
+
+    def _mean(self, cheaper: float, dearer: float) -> float:
+        return round((1 - self.share) * cheaper + self.share * dearer, _NDIGITS)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Records:
     """What calibration saw, image by image."""
@@ -108,6 +132,21 @@ class Frontier:
         """The cheapest row that is at least this accurate; None where even the knee is not."""
         at = bisect_left(self.rows, accuracy, key=lambda row: row.accuracy)
         return self.rows[at] if at < len(self.rows) else None
+
+    def mixture(self, gmacs: float) -> Mixture | None:
+        """The most accurate mixture of rows whose mean cost is `gmacs`: no other random choice among rows does better.
+
+        It mixes the two vertices of the upper hull on either side. The knee alone for any cost above it; None where
+        even row 0 costs more.
+        """
+        hull = upper_hull(self.rows)
+        at = bisect_right(hull, gmacs, key=lambda row: row.gmacs)
+        if at == 0:
+            return None
+        if at == len(hull):
+            return Mixture(self.knee, self.knee, 0.0)
+        cheaper, dearer = hull[at - 1], hull[at]
+        return Mixture(cheaper, dearer, (gmacs - cheaper.gmacs) / (dearer.gmacs - cheaper.gmacs))
 
     def predict(self, thresholds: Sequence[float]) -> FrontierRow | None:
         """What any thresholds would do on the calibration records: E of them, or E-1 (the last is 0). None where there
@@ -234,6 +273,23 @@ def sweep(
         records=_subsample(records),
         criterion=criterion,
     )
+
+
+def upper_hull(rows: Sequence[FrontierRow]) -> list[FrontierRow]:
+    """The rows, of those that rise in cost and accuracy, that no mixture of two others matches: ends included, accuracy
+    gained per cost falls from each to the next (Andrew's monotone chain, 1979)."""
+    hull: list[FrontierRow] = []
+    for row in rows:
+        while len(hull) >= 2 and _on_or_below(hull[-1], hull[-2], row):
+            hull.pop()
+        hull.append(row)
+    return hull
+
+
+def _on_or_below(row: FrontierRow, left: FrontierRow, right: FrontierRow) -> bool:
+    """Whether `row` does not rise above the straight line from `left` to `right`."""
+    rise, run = right.accuracy - left.accuracy, right.gmacs - left.gmacs
+    return (row.accuracy - left.accuracy) * run <= rise * (row.gmacs - left.gmacs)
 
 
 def budget_area(rows: Sequence[FrontierRow], low: float, high: float) -> float:

@@ -105,11 +105,21 @@ class Target(_Model):
 
 
 class BudgetRequest(Target):
-    """Exactly one target, and optionally `hold`."""
+    """Exactly one target, and optionally `hold` and, with `gmacs`, `mix`."""
 
     hold: Literal["cost", "quality"] = Field(
         "cost", description="`cost`: thresholds follow the traffic so that the cost stays. `quality`: they stay."
     )
+    mix: bool = Field(
+        False,
+        description="Only with `gmacs`: meet the cost exactly, by two sets of thresholds; a hash of its `X-Request-ID` "
+        "decides which one judges a request.",
+    )
+
+
+class Mix(_Model):
+    thresholds: list[float] = Field(description="The dearer ones.")
+    share: float = Field(ge=0, le=1, description="Of all requests: those that are judged by them, and by no others.")
 
 
 class Budget(_Model):
@@ -118,6 +128,7 @@ class Budget(_Model):
     hold: Literal["cost", "quality"]
     clamped: bool = Field(description="The target lies beyond the frontier; its end is in force.")
     thresholds: list[float] = Field(description="In force, one per exit; the last is 0. 2: nobody leaves there.")
+    mix: Mix | None = Field(description="Null unless the budget was set with `mix`; then `thresholds` are the cheaper.")
     predicted: Predicted = Field(description="What calibration says of the thresholds in force.")
     observed: Observed
     feasible: Feasible
@@ -325,6 +336,7 @@ PUT_BUDGET: dict[str, Any] = {
                     "schema": {"$ref": "#/components/schemas/BudgetRequest"},
                     "examples": {
                         "gmacs": {"value": {"gmacs": 0.03}},
+                        "mixed": {"value": {"gmacs": 0.03, "mix": True}},
                         "accuracy": {"value": {"accuracy": 0.74, "hold": "quality"}},
                         "thresholds": {"value": {"thresholds": [0.9, 0.7]}},
                     },

@@ -18,8 +18,10 @@ from server.frontier import (
     NEVER,
     Frontier,
     FrontierRow,
+    Mixture,
     budget_area,
     sweep,
+    upper_hull,
     wilson_lower,
 )
 
@@ -260,6 +262,48 @@ def test_the_area_under_the_budget_curve_is_a_mean_accuracy() -> None:
     assert budget_area(rows, 1.5, 2.0) == pytest.approx(0.65)
     with pytest.raises(ValueError, match="cheapest row costs"):
         budget_area(rows, 0.5, 2.0)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 40))
+@settings(max_examples=50, deadline=None)
+def test_the_hull_is_concave_and_above_every_row(seed: int, max_rows: int) -> None:
+    rows = sweep(*synthetic(300, seed), GMACS, bins=40, max_rows=max_rows).rows
+    hull = upper_hull(rows)
+    assert (hull[0], hull[-1]) == (rows[0], rows[-1])
+    assert set(hull) <= set(rows)
+    slopes = [(b.accuracy - a.accuracy) / (b.gmacs - a.gmacs) for a, b in itertools.pairwise(hull)]
+    assert all(steep > flat for steep, flat in itertools.pairwise(slopes))
+    above = np.interp([row.gmacs for row in rows], [row.gmacs for row in hull], [row.accuracy for row in hull])
+    assert np.all(above >= np.array([row.accuracy for row in rows]) - 1e-12)
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_a_mixture_costs_exactly_what_was_asked_and_no_pair_of_rows_does_better(seed: int, position: float) -> None:
+    frontier = sweep(*synthetic(300, seed), GMACS, bins=40, max_rows=20)
+    rows = frontier.rows
+    gmacs = rows[0].gmacs + position * (rows[-1].gmacs - rows[0].gmacs)
+    mixture = frontier.mixture(gmacs)
+    assert mixture is not None
+    assert 0 <= mixture.share <= 1
+    cost = (1 - mixture.share) * mixture.cheaper.gmacs + mixture.share * mixture.dearer.gmacs
+    assert cost == pytest.approx(gmacs, abs=1e-12)
+    assert mixture.gmacs == pytest.approx(gmacs, abs=1e-9)
+    assert sum(mixture.exit_fractions) == pytest.approx(1)
+    assert np.dot(mixture.exit_fractions, GMACS) == pytest.approx(gmacs, abs=1e-7)
+    for low, high in itertools.combinations(rows, 2):
+        if low.gmacs <= gmacs <= high.gmacs:
+            share = (gmacs - low.gmacs) / (high.gmacs - low.gmacs)
+            assert (1 - share) * low.accuracy + share * high.accuracy <= mixture.accuracy + 2e-9
+
+
+def test_a_mixture_ends_where_the_frontier_does() -> None:
+    frontier = sweep(*synthetic(500), GMACS)
+    assert frontier.mixture(GMACS[0] - 1e-6) is None
+    cheapest = frontier.mixture(GMACS[0])
+    assert cheapest is not None
+    assert (cheapest.cheaper, cheapest.share) == (frontier.rows[0], 0.0)
+    assert frontier.mixture(99.0) == frontier.mixture(frontier.knee.gmacs) == Mixture(frontier.knee, frontier.knee, 0.0)
 
 
 @pytest.mark.parametrize(("hits", "samples"), [(80, 100), (1, 7), (999, 1000)])
