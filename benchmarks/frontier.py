@@ -31,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder for frontier.json")
     options = parser.parse_args(arguments)
     bundle = Bundle.load(options.bundle)
+    if bundle.frontier.records is None:
+        raise SystemExit(
+            f"{options.bundle}: its frontier was imported and has no records of images; calibrate it first"
+        )
     engine = load_engine(bundle)
     examples = read_image_folder(options.images, bundle.manifest.labels)
     records = record(bundle, engine, examples, threads=usable_cores(), progress=True)

@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(options: Options) -> Report:
     report = Report("solvers", figures={"shares": SHARES})
     frontier = load_bundle(options).frontier
+    if frontier.records is None:
+        raise SystemExit("the bundle's frontier was imported and has no records of images; calibrate it first")
     _compare(report, "logged", frontier.records, frontier.stage_gmacs, options)
     for size in options.sizes:
         _compare(report, f"synthetic {size}", synthetic(size), GMACS, options)

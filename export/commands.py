@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import click
 import typer
@@ -25,21 +25,34 @@ def register_evaluate(app: typer.Typer) -> None:
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="model.safetensors of a training run.")],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder to write; must not exist.")],
+    criterion: Annotated[
+        str,
+        typer.Option(
+            metavar="max_probability|entropy",
+            help="What an exit's confidence is: the largest probability, or 1 - entropy / log(classes).",
+        ),
+    ] = "max_probability",
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint as a bundle: one ONNX file per stage, run and compared with PyTorch.
 
-    The bundle still wants thresholds before it can serve: dvt calibrate BUNDLE IMAGES.
+    The bundle still wants thresholds before it can serve: dvt calibrate BUNDLE IMAGES. A published checkpoint brings
+    thresholds along: those serve until then.
 
     \b
-    Example:
+    Examples:
       dvt export runs/photo10/model.safetensors photo10-bundle
+      dvt export runs/photo10/model.safetensors photo10-entropy --criterion entropy
     """
+    if criterion not in ("max_probability", "entropy"):
+        raise click.UsageError(f"--criterion is max_probability or entropy, not {criterion}")
     from tqdm import tqdm
 
     from export.verify import VerificationError
     from export.write import export_checkpoint
+    from server.frontier import Criterion
 
+    notices: list[str] = []
     with tqdm(total=5, disable=as_json or not sys.stderr.isatty(), bar_format="{desc} {bar} {elapsed}") as bar:
 
         def progress(what: str) -> None:
@@ -47,14 +60,16 @@ def export(
             bar.update()
 
         try:
-            written = export_checkpoint(checkpoint, bundle, progress)
+            written = export_checkpoint(checkpoint, bundle, progress, cast(Criterion, criterion), notices.append)
         except (ValueError, OSError, VerificationError) as error:
             raise click.ClickException(str(error)) from None
-    manifest = written.manifest
+    for notice in notices:
+        click.echo(f"note: {notice}", err=True)
+    manifest, imported = written.manifest, written.solved
+    points = len(imported.rows) if imported else 0
     if as_json:
-        click.echo(
-            json.dumps({"path": str(written.path), "version": manifest.version, "parity": dict(manifest.parity)})
-        )
+        head = {"path": str(written.path), "version": manifest.version}
+        click.echo(json.dumps({**head, "parity": dict(manifest.parity), "operating_points": points}))
         return
     click.echo(f"{written.path}: {manifest.name} {manifest.version}")
     for number, stage in enumerate(manifest.stages, start=1):
@@ -63,7 +78,12 @@ def export(
         click.echo(
             f"  exit {number}: {side}x{side} tokens, {stage.gmacs:.4g} GMAC so far, logits within {difference:.1e}"
         )
-    click.echo(f"next: dvt calibrate {bundle} IMAGES --held-out FRACTION")
+    if imported:
+        low, high = imported.rows[0].gmacs, imported.knee.gmacs
+        click.echo(f"  {points} operating points of the checkpoint's own, {low:.4g} to {high:.4g} GMAC")
+        click.echo(f"next: dvt serve {bundle}, or, for thresholds of your own: dvt calibrate {bundle} IMAGES")
+    else:
+        click.echo(f"next: dvt calibrate {bundle} IMAGES --held-out FRACTION")
 
 
 def evaluate(
@@ -210,11 +230,13 @@ def _table(report: dict[str, Any]) -> str:
     for number, (accuracy, gmacs) in enumerate(zip(report["exit_accuracy"], report["stage_gmacs"], strict=True), 1):
         lines.append(f"{number:>4} {accuracy:8.2%} {gmacs:8.4g}")
     for title, key in (("calibrated thresholds", "points"), ("geometric thresholds", "geometric_points")):
-        if key in report:
+        if report.get(key):
             lines += [title, "budget top-1     GMAC   leave at each exit"]
             for name, row in report[key].items():
                 fractions = " ".join(f"{f:.2f}" for f in row["exit_fractions"])
                 lines.append(f"{name:>5} {row['accuracy']:8.2%} {row['gmacs']:8.4g}   {fractions}")
     if "area" in report:
-        lines.append(f"area under the budget curve: {report['area']:.4f}, geometric {report['geometric_area']:.4f}")
+        geometric = report["geometric_area"]
+        compared = "" if geometric is None else f", geometric {geometric:.4f}"
+        lines.append(f"area under the budget curve: {report['area']:.4f}{compared}")
     return "\n".join(lines)

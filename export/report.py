@@ -184,8 +184,10 @@ def _plot_curve(bundle: Bundle, records: Records, evaluation: Evaluation, path: 
         axes.plot([row.gmacs for row in judged], [row.accuracy * 100 for row in judged], style, label=label)
 
     draw(frontier.rows, "-", "frontier")
-    draw(geometric(logged.confidence, logged.correct, costs), "--", "geometric family")
-    draw([genetic(logged.confidence, logged.correct, costs, s * costs[-1]) for s in SHARES], "^", "genetic algorithm")
+    if logged is not None:
+        c, r = logged.confidence, logged.correct
+        draw(geometric(c, r, costs), "--", "geometric family")
+        draw([genetic(c, r, costs, share * costs[-1]) for share in SHARES], "^", "genetic algorithm")
     axes.plot(costs, [a * 100 for a in evaluation.exit_accuracy], "ks", label="all leave at one exit")
     axes.set(xlabel="mean GMAC per image", ylabel="top-1 accuracy, %")
     axes.grid(alpha=0.3)
@@ -284,14 +286,17 @@ def _page(
         for budget, row in evaluation.points.items()
     ]
     images = [(html.escape(label), _images(kinds["easy"]), _images(kinds["hard"])) for label, kinds in gallery.items()]
+    origin = "calibration" if bundle.frontier.source == "calibration" else "the imported checkpoint"
+    family = evaluation.geometric_area
+    compared = "" if family is None else f"; of the geometric family: {family:.4f}"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head><body>
 <h1>{name}</h1>
-<p>{evaluation.images} images. Thresholds come from calibration, everything else from these images.</p>
+<p>{evaluation.images} images. Thresholds come from {origin}, everything else from these images.</p>
 <h2>Accuracy against cost</h2>
 <img class="plot" src="curve.png" alt="top-1 accuracy against mean cost">
 {_table(("budget, share of the last exit", "top-1", "mean GMAC", "leave at each exit"), points)}
-<p>Area under the budget curve: {evaluation.area:.4f}; of the geometric family: {evaluation.geometric_area:.4f}.</p>
+<p>Area under the budget curve: {evaluation.area:.4f}{compared}.</p>
 <h2>Where images leave</h2>
 <img class="plot" src="exits.png" alt="share of the images at each exit, by budget">
 <h2>Confidence</h2>

@@ -10,6 +10,7 @@ D embed_dim, C = depth * heads.
 from __future__ import annotations
 
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from model.config import DVTConfig
 from model.dvt import DVT, Stage
 from model.layers import Attention
 from model.reuse import ReuseState, features_shape
+from server.frontier import Criterion
 
 IMAGE = "image"
 ANSWER = ("logits", "probabilities", "confidence")
@@ -53,17 +55,29 @@ class TensorShape(NamedTuple):
 
 
 class StageGraph(nn.Module):
-    """The module that is exported for stage `number` (from 1). Takes its own copy of the weights."""
+    """The module that is exported for stage `number` (from 1). Takes its own copy of the weights.
+
+    Raises ValueError for the entropy of a single class, which says nothing.
+    """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: DVT, number: int, savings: frozenset[Saving] = ALL) -> None:
+    def __init__(
+        self,
+        model: DVT,
+        number: int,
+        savings: frozenset[Saving] = ALL,
+        criterion: Criterion = "max_probability",
+    ) -> None:
         super().__init__()
+        if criterion == "entropy" and model.config.num_classes < 2:
+            raise ValueError("the criterion entropy needs at least two classes")
         stage = model.stages[number - 1]
         assert isinstance(stage, Stage)
         self.config = model.config
         self.number = number
+        self.criterion = criterion
         self.stage = copy.deepcopy(stage).cpu().float().eval()
         self.stage.head = BatchInvariantHead(self.stage.head)  # type: ignore[assignment]
         for module in self.stage.modules():
@@ -90,8 +104,16 @@ class StageGraph(nn.Module):
         pixels = image.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.shift
         logits, handed_on = self.stage(pixels, state)
         probabilities = logits.softmax(dim=-1)
-        answer = (logits, probabilities, probabilities.amax(dim=-1))
+        answer = (logits, probabilities, self._confidence(logits, probabilities))
         return answer if handed_on is None else (*answer, *handed_on)
+
+    def _confidence(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """logits, probabilities (B, K) -> (B,)"""
+        if self.criterion == "max_probability":
+            return probabilities.amax(dim=-1)
+        # By log-softmax, which stays finite where a probability is 0. Rounding may pass either end by a little.
+        negentropy = (probabilities * logits.log_softmax(dim=-1)).sum(dim=-1)
+        return (1 + negentropy / math.log(self.config.num_classes)).clamp(0, 1)
 
     def inputs(self) -> dict[str, TensorShape]:
         size = self.config.image_size

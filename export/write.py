@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from export.imported import imported_frontier
 from export.stage import StageGraph, TensorShape
 from export.to_onnx import OPSET, write_onnx
 from export.verify import verify
@@ -19,10 +20,18 @@ from model.dvt import DVT
 from model.flops import cumulative_macs
 from server.bundle import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
 from server.engines.onnx import open_session
+from server.frontier import Criterion
 
 
-def export_checkpoint(checkpoint: Path, out: Path, progress: Callable[[str], None] = lambda _: None) -> Bundle:
-    """Write the bundle of a checkpoint; it still wants a calibration before it can serve.
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    criterion: Criterion = "max_probability",
+    notice: Callable[[str], None] = lambda _: None,
+) -> Bundle:
+    """Write the bundle of a checkpoint. It still wants a calibration before it can serve, unless the checkpoint brings
+    thresholds along; what is odd about those, in one line, goes to `notice`.
 
     Raises CheckpointError for an unusable checkpoint, FileExistsError where `out` exists, VerificationError where the
     graphs do not compute what the model does. `out` appears only when all of it is right.
@@ -36,11 +45,17 @@ def export_checkpoint(checkpoint: Path, out: Path, progress: Callable[[str], Non
         "onnx": onnx.__version__,
         "opset": OPSET,
     }
-    return export_model(model, out, provenance, progress)
+    bundle = export_model(model, out, provenance, progress, criterion)
+    frontier = imported_frontier(header.get("imported", {}), bundle.manifest, notice)
+    return bundle if frontier is None else bundle.write_frontier(frontier)
 
 
 def export_model(
-    model: DVT, out: Path, provenance: dict[str, object], progress: Callable[[str], None] = lambda _: None
+    model: DVT,
+    out: Path,
+    provenance: dict[str, object],
+    progress: Callable[[str], None] = lambda _: None,
+    criterion: Criterion = "max_probability",
 ) -> Bundle:
     """As `export_checkpoint`, for a model in memory."""
     if out.exists():
@@ -48,7 +63,7 @@ def export_model(
     config = model.config
     progress("counting MACs")
     macs = cumulative_macs(model)
-    graphs = [StageGraph(model, number) for number in range(1, config.num_stages + 1)]
+    graphs = [StageGraph(model, number, criterion=criterion) for number in range(1, config.num_stages + 1)]
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -77,6 +92,7 @@ def export_model(
             preprocessing=Preprocessing(resize=config.resize, crop=(config.image_size, config.image_size)),
             stages=stages,
             precision="fp32",
+            criterion=criterion,
             parity=parity.to_dict(),
             provenance=provenance,
         )

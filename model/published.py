@@ -185,12 +185,17 @@ def _kept(document: Mapping[str, Any]) -> dict[str, Any]:
     """Thresholds and costs that a published file brings along, as lists for JSON."""
     kept = {}
     for name in ("flops", "dynamic_threshold", "anytime_classification", "budgeted_batch_classification"):
-        value = document.get(name)
-        if isinstance(value, (Tensor, np.ndarray)):
-            kept[name] = value.tolist()
-        elif isinstance(value, (list, tuple)):
-            kept[name] = [v.tolist() if isinstance(v, (Tensor, np.ndarray, np.generic)) else v for v in value]
+        value = _plain(document.get(name))
+        if isinstance(value, list):
+            kept[name] = value
     return kept
+
+
+def _plain(value: Any) -> Any:
+    """Lists of numbers for tensors, arrays and lists of such."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _some(names: Any) -> str:

@@ -134,11 +134,12 @@ class Service:
     def note_budget(self, state: BudgetState, client: object, request_id: str) -> None:
         """The audit line of a change."""
         log.info(
-            "budget %d: target %s, hold %s, thresholds %s, from %s, request %s",
+            "budget %d: target %s, hold %s, thresholds %s, mix %s, from %s, request %s",
             state.version,
             state.target,
             state.hold,
             state.thresholds,
+            state.mix,
             client,
             request_id,
         )
@@ -308,6 +309,8 @@ def _read_token(file: Path | None) -> str | None:
 def _describe_frontier(bundle: Bundle, rows: Sequence[FrontierRow]) -> dict[str, Any]:
     frontier = bundle.frontier
     return {
+        "criterion": frontier.criterion,
+        "source": frontier.source,
         "samples": frontier.samples,
         "stage_gmacs": frontier.stage_gmacs,
         "rows": [dataclasses.asdict(row) for row in rows],
@@ -326,6 +329,7 @@ def _describe_model(settings: Settings, bundle: Bundle, engine: Engine) -> dict[
             for number, stage in enumerate(manifest.stages, start=1)
         ],
         "precision": manifest.precision,
+        "criterion": manifest.criterion,
         "engine": {
             "name": type(engine).__module__.rpartition(".")[2],
             "executors": settings.executors,

@@ -103,8 +103,10 @@ class Batcher:
         max_exit: int | None = None,
         min_confidence: float | None = None,
         priority: Priority = NORMAL,
+        place: float = 0.0,
     ) -> Answer:
-        """Classify the images of one request. `deadline`: absolute, on the batcher's clock.
+        """Classify the images of one request. `deadline`: absolute, on the batcher's clock. The rest is as in
+        `Scheduler.admit`.
 
         Cancelling the awaiting task abandons the images. Raises Overloaded, DeadlineExceeded and Draining at the door
         and later, EngineFailed later.
@@ -118,6 +120,7 @@ class Batcher:
             max_exit=max_exit,
             min_confidence=min_confidence,
             priority=priority,
+            place=place,
         )
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._futures[request] = future

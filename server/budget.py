@@ -17,9 +17,9 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from server.core import ImageResult, OperatingPoint
+from server.core import ImageResult, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
-from server.frontier import NEVER, Frontier, FrontierRow
+from server.frontier import NEVER, Frontier, FrontierRow, Mixture
 from server.store import Policy, PolicyStore
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,11 @@ DEFAULT_SLACK = 0.005  # accuracy given up against the knee, where no operator h
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What calibration says of the thresholds in force."""
+    """What calibration says of the thresholds in force; None throughout where it cannot tell."""
 
-    accuracy: float
-    gmacs: float
-    exit_fractions: tuple[float, ...]
+    accuracy: float | None
+    gmacs: float | None
+    exit_fractions: tuple[float, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,28 @@ class BudgetState:
     hold: Hold
     clamped: bool
     thresholds: tuple[float, ...]
+    mix: Mix | None
     predicted: Prediction
     observed: Observed
     feasible: Feasible
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is put in force, and what calibration says of it."""
+
+    thresholds: tuple[float, ...]
+    predicted: Prediction
+    mix: Mix | None = None
+
+    @classmethod
+    def of(cls, row: FrontierRow) -> Setting:
+        return cls(row.thresholds, Prediction(row.accuracy, row.gmacs, row.exit_fractions))
+
+    @classmethod
+    def of_mixture(cls, mixture: Mixture) -> Setting:
+        predicted = Prediction(mixture.accuracy, mixture.gmacs, mixture.exit_fractions)
+        return cls(mixture.cheaper.thresholds, predicted, Mix(mixture.dearer.thresholds, mixture.share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,52 +106,70 @@ class Solution:
     target: dict[str, Any]
     hold: Hold
     clamped: bool
-    row: FrontierRow
+    setting: Setting
     held_gmacs: float | None  # the mean cost that the cost loop holds; None: thresholds stay
+    mix: bool = False  # a mixture that costs just what is wanted, not the row below it
 
 
-def solve(frontier: Frontier, target: Target, hold: str = "cost") -> Solution:
+def solve(frontier: Frontier, target: Target, hold: str = "cost", mix: bool = False) -> Solution:
     """Look a target up. Raises InvalidRequest for what is no target, BudgetInfeasible for one out of reach."""
+    if not isinstance(mix, bool):  # it comes as it was sent
+        raise InvalidRequest("mix must be true or false", field="mix")
     if hold not in ("cost", "quality"):
         raise InvalidRequest(f'hold is "cost" or "quality", not {hold!r}')
     if "latency_ms" in target:
         raise InvalidRequest("latency budgets come with a later release; use gmacs, accuracy or thresholds")
     if len(target) != 1 or not target.keys() <= {"gmacs", "accuracy", "thresholds"}:
         raise InvalidRequest("exactly one target is needed: gmacs, accuracy or thresholds")
+    if mix and "gmacs" not in target:
+        raise InvalidRequest("mix is for gmacs targets only", field="mix")
     kept = cast(Hold, hold)
     if "thresholds" in target:
         given = _thresholds(target["thresholds"], frontier.num_exits)
-        return Solution({"thresholds": given}, "quality", False, frontier.predict(given), None)
+        predicted = frontier.predict(given)
+        unknown = Setting((*given[: frontier.num_exits - 1], 0.0), Prediction(None, None, None))
+        setting = unknown if predicted is None else Setting.of(predicted)
+        return Solution({"thresholds": given}, "quality", False, setting, None)
     if "gmacs" in target:
         gmacs = _number("gmacs", target["gmacs"])
-        row = frontier.by_gmacs(gmacs)
-        if row is None:
+        at_cost = _setting_at(frontier, gmacs, mix)
+        if at_cost is None:
             raise _infeasible(frontier, f"the cheapest operating point costs {frontier.rows[0].gmacs:g} GMAC per image")
         # Held is what was asked for, not the row below it: the loop may use what lies between two rows, and a clamped
         # budget leaves room above the knee for traffic that is harder than the calibration set.
-        return Solution({"gmacs": gmacs}, kept, gmacs > frontier.knee.gmacs, row, gmacs if kept == "cost" else None)
+        held = gmacs if kept == "cost" else None
+        return Solution({"gmacs": gmacs}, kept, gmacs > frontier.knee.gmacs, at_cost, held, mix)
     accuracy = _number("accuracy", target["accuracy"])
     row = frontier.by_accuracy(accuracy)
     if row is None:
         raise _infeasible(frontier, f"the most accurate operating point reaches {frontier.knee.accuracy:g}")
     clamped = accuracy < frontier.rows[0].accuracy
-    return Solution({"accuracy": accuracy}, kept, clamped, row, row.gmacs if kept == "cost" else None)
+    return Solution({"accuracy": accuracy}, kept, clamped, Setting.of(row), row.gmacs if kept == "cost" else None)
+
+
+def _setting_at(frontier: Frontier, gmacs: float, mix: bool) -> Setting | None:
+    """The best for a mean cost of `gmacs`: of a single row at most that, of a mixture exactly. None below all rows."""
+    if mix:
+        mixture = frontier.mixture(gmacs)
+        return None if mixture is None else Setting.of_mixture(mixture)
+    row = frontier.by_gmacs(gmacs)
+    return None if row is None else Setting.of(row)
 
 
 def default_solution(frontier: Frontier) -> Solution:
     """Until an operator speaks: the cheapest row within half a point of the best, thresholds left as calibrated."""
     row = frontier.by_accuracy(max(frontier.knee.accuracy - DEFAULT_SLACK, frontier.rows[0].accuracy))
     assert row is not None, "no accuracy at or below the knee's is out of reach"
-    return Solution({"accuracy": row.accuracy}, "quality", False, row, None)
+    return Solution({"accuracy": row.accuracy}, "quality", False, Setting.of(row), None)
 
 
 class CostLoop:
     """Walks along the frontier so that the mean cost of live traffic meets a budget. Plain: it counts, nothing else.
 
     Calibration says what a row costs on calibration traffic; harder traffic costs more on the same row. Per block of
-    256 images: filter the mean cost y, e = (B-y)/B, and take the row that calibration puts at u = B(1 + .3e + .25I), I
-    the running sum of e. Within 1 % nothing moves; e is not summed up while u is already past the end that it
-    pushes to; a block moves at most 16 rows.
+    256 images: filter the mean cost y, e = (B-y)/B, and take what calibration puts at u = B(1 + .3e + .25I), I the
+    running sum of e: the row, or the mixture. Within 1 % nothing moves; e is not summed up while u is already past the
+    end that it pushes to; a block moves at most 16 rows.
     """
 
     BLOCK = 256
@@ -142,18 +179,19 @@ class CostLoop:
     FILTER = 0.5  # share of the newest block in y
     MAX_STEP = 16
 
-    def __init__(self, frontier: Frontier, gmacs: float, row: int) -> None:
-        """`gmacs` is the budget, `row` the index of the row in force."""
+    def __init__(self, frontier: Frontier, gmacs: float) -> None:
+        """`gmacs` is the budget; the loop begins at the row that calibration puts there."""
         self._costs = [r.gmacs for r in frontier.rows]
         self._budget = gmacs
-        self.row = row
+        self.row = self._row_at(gmacs)
+        self.gmacs = self._within(gmacs)  # the mean cost to ask calibration for: between `row` and the next
         self._sum = 0.0
         self._images = 0
         self._filtered: float | None = None
         self._integral = 0.0
 
     def observe(self, gmacs: float) -> bool:
-        """Count one image that was decided by the thresholds in force. True where `row` has moved."""
+        """Count one image that was decided by the thresholds in force. True where `gmacs` has moved."""
         self._sum += gmacs
         self._images += 1
         if self._images < self.BLOCK:
@@ -173,10 +211,17 @@ class CostLoop:
         past_end = wanted > self._costs[-1] if error > 0 else wanted < self._costs[0]
         if not past_end:
             self._integral += error
-        aim = max(0, bisect_right(self._costs, self._wanted(error, self._integral)) - 1)
-        step = max(-self.MAX_STEP, min(self.MAX_STEP, aim - self.row))
-        self.row += step
-        return step != 0
+        wanted = self._wanted(error, self._integral)
+        aim = self._row_at(wanted)
+        self.row += max(-self.MAX_STEP, min(self.MAX_STEP, aim - self.row))
+        before, self.gmacs = self.gmacs, self._within(wanted) if self.row == aim else self._costs[self.row]
+        return self.gmacs != before
+
+    def _within(self, gmacs: float) -> float:
+        return max(self._costs[0], min(self._costs[-1], gmacs))
+
+    def _row_at(self, gmacs: float) -> int:
+        return max(0, bisect_right(self._costs, gmacs) - 1)
 
     def _wanted(self, error: float, integral: float) -> float:
         return self._budget * (1 + self.PROPORTIONAL * error + self.INTEGRAL * integral)
@@ -208,12 +253,14 @@ class BudgetController:
         """Call `callback`, on the event loop, with every later operating point: by PUT, and as the cost loop moves."""
         self._callbacks.append(callback)
 
-    async def put(self, target: Target, hold: str = "cost", if_match: int | Literal["*"] | None = None) -> BudgetState:
+    async def put(
+        self, target: Target, hold: str = "cost", if_match: int | Literal["*"] | None = None, *, mix: bool = False
+    ) -> BudgetState:
         """Replace the budget: stored first, then swapped in at once. The state after the swap is returned.
 
         Raises InvalidRequest, BudgetInfeasible, VersionMismatch or StoreUnavailable; then nothing has changed.
         """
-        solution = solve(self._frontier, target, hold)
+        solution = solve(self._frontier, target, hold, mix)
         # A client that hangs up must not leave a stored budget that is not in force: the commit outlives its request.
         commit = asyncio.create_task(self._commit(solution, if_match))
         self._commits.add(commit)
@@ -230,17 +277,22 @@ class BudgetController:
         if self._loop is None or steered or result.degraded:
             return
         if self._loop.observe(self._frontier.stage_gmacs[result.exit - 1]):
-            self._move_to(self._frontier.rows[self._loop.row])
+            setting = _setting_at(self._frontier, self._loop.gmacs, self._solution.mix)
+            assert setting is not None, "the loop stays on the frontier"
+            if setting != self._setting:
+                self._put_in_force(self._point.version, setting)
+                self._tell()
 
     def state(self) -> BudgetState:
-        solution, row, rows = self._solution, self._row, self._frontier.rows
+        solution, rows = self._solution, self._frontier.rows
         return BudgetState(
             version=self._point.version,
             target=dict(solution.target),
             hold=solution.hold,
             clamped=solution.clamped,
             thresholds=self._point.thresholds,
-            predicted=Prediction(row.accuracy, row.gmacs, row.exit_fractions),
+            mix=self._point.mix,
+            predicted=self._setting.predicted,
             observed=self._window.observed(),
             feasible=_feasible(rows[0], rows[-1]),
         )
@@ -254,7 +306,7 @@ class BudgetController:
         if policy is None:
             return 1, default_solution(self._frontier)
         try:
-            return policy.version, solve(self._frontier, policy.target, policy.hold)
+            return policy.version, solve(self._frontier, policy.target, policy.hold, policy.mix)
         except (BudgetInfeasible, InvalidRequest) as error:
             log.warning("the stored budget %s does not fit this bundle, the default is used: %s", policy, error.detail)
             # Another target, so another version: an ETag names one budget only.
@@ -265,7 +317,7 @@ class BudgetController:
             version = self._point.version
             if if_match not in (None, "*", version):
                 raise VersionMismatch(f"the budget is at version {version}, not {if_match}", version=version)
-            policy = Policy(version + 1, solution.target, solution.hold)
+            policy = Policy(version + 1, solution.target, solution.hold, solution.mix)
             await asyncio.to_thread(self._store.save, policy)
             self._adopt(policy.version, solution)
         self._tell()
@@ -296,18 +348,15 @@ class BudgetController:
 
     def _adopt(self, version: int, solution: Solution) -> None:
         self._solution = solution
-        self._row = solution.row
-        self._point = OperatingPoint(version, solution.row.thresholds)
+        self._put_in_force(version, solution.setting)
         self._window = _Window(self._frontier.stage_gmacs)
         self._loop: CostLoop | None = None
         if solution.held_gmacs is not None:
-            row = self._frontier.rows.index(solution.row)
-            self._loop = CostLoop(self._frontier, solution.held_gmacs, row)
+            self._loop = CostLoop(self._frontier, solution.held_gmacs)
 
-    def _move_to(self, row: FrontierRow) -> None:
-        self._row = row
-        self._point = OperatingPoint(self._point.version, row.thresholds)
-        self._tell()
+    def _put_in_force(self, version: int, setting: Setting) -> None:
+        self._setting = setting
+        self._point = OperatingPoint(version, setting.thresholds, setting.mix)
 
     def _tell(self) -> None:
         for callback in self._callbacks:

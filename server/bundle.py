@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from server.errors import BundleError
-from server.frontier import Frontier
+from server.frontier import Criterion, Frontier
 from server.profile import LatencyProfile
 
 FORMAT_VERSION = 1
@@ -113,6 +113,7 @@ class Manifest(_Frozen):
     preprocessing: PreprocessingSpec
     stages: tuple[StageSpec, ...] = Field(min_length=2)
     precision: str = "fp32"
+    criterion: Criterion = "max_probability"  # what the graphs compute as `confidence`
     parity: Mapping[str, Any] = Field(default_factory=dict)  # the exported stages against the trained model
     provenance: Mapping[str, Any] = Field(default_factory=dict)
 
@@ -214,6 +215,7 @@ def write_manifest(
     preprocessing: Preprocessing,
     stages: Sequence[StageSpec],
     precision: str = "fp32",
+    criterion: Criterion = "max_probability",
     parity: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Manifest:
@@ -237,6 +239,7 @@ def write_manifest(
             preprocessing=how,
             stages=tuple(stages),
             precision=precision,
+            criterion=criterion,
             parity=dict(parity or {}),
             provenance=dict(provenance or {}),
         )
@@ -282,6 +285,8 @@ def _read_frontier(root: Path, manifest: Manifest) -> Frontier:
 def _check_frontier(file: Path, frontier: Frontier, manifest: Manifest) -> None:
     if frontier.key != manifest.frontier_key:
         raise BundleError(f"{file}: calibrated for {frontier.key!r}, the bundle is {manifest.frontier_key!r}")
+    if frontier.criterion != manifest.criterion:
+        raise BundleError(f"{file}: its confidence is {frontier.criterion}, the bundle's is {manifest.criterion}")
     if frontier.stage_gmacs != manifest.stage_gmacs:
         raise BundleError(
             f"{file}: stage gmacs {list(frontier.stage_gmacs)}, the manifest says {list(manifest.stage_gmacs)}"

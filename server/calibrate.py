@@ -95,7 +95,13 @@ def calibrate(
     records = record(bundle, engine, images, limits=limits, threads=threads, progress=progress)
     manifest = bundle.manifest
     solving, testing = (records, records) if promise is None else split(records)
-    frontier = sweep(solving.confidence, solving.correct, manifest.stage_gmacs, key=manifest.frontier_key)
+    frontier = sweep(
+        solving.confidence,
+        solving.correct,
+        manifest.stage_gmacs,
+        key=manifest.frontier_key,
+        criterion=manifest.criterion,
+    )
     if promise is not None:
         certificate = certify(frontier.rows, testing, promise.max_accuracy_loss, promise.confidence)
         if certificate is None:

@@ -209,6 +209,9 @@ def budget(
             help="cost: thresholds follow the traffic so that the cost stays. quality: they stay.",
         ),
     ] = None,
+    mix: Annotated[
+        bool, typer.Option("--mix", help="Meet gmacs=N exactly: requests are hashed onto two sets of thresholds.")
+    ] = False,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
@@ -218,6 +221,7 @@ def budget(
     Examples:
       dvt budget
       dvt budget gmacs=0.03
+      dvt budget gmacs=0.05 --mix
       dvt budget accuracy=0.74 --hold quality
       dvt budget thresholds=0.9,0.7
 
@@ -230,6 +234,10 @@ def budget(
         if hold not in ("cost", "quality"):
             raise click.UsageError(f"--hold is cost or quality, not {hold}")
         body["hold"] = hold
+    if mix:
+        if body is None or "gmacs" not in body:
+            raise click.UsageError("--mix goes with gmacs=N")
+        body["mix"] = True
     try:
         with Client(url) as client:
             state = client.budget() if body is None else client.set_budget(body)
@@ -272,9 +280,18 @@ def _describe_budget(state: dict[str, Any]) -> str:
         f"version     {state['version']}",
         f"target      {target}, hold {state['hold']}{clamped}",
         f"thresholds  {_numbers(state['thresholds'])}",
-        f"predicted   accuracy {predicted['accuracy']:.4f}, {predicted['gmacs']:.4g} GMAC, "
-        f"exits {_percent(predicted['exit_fractions'])}",
     ]
+    if (mix := state["mix"]) is not None:
+        lines.append(
+            f"mix         {100 * mix['share']:.1f} % of the requests by thresholds {_numbers(mix['thresholds'])}"
+        )
+    if predicted["gmacs"] is None:
+        lines.append("predicted   unknown: the frontier was imported, without records of images")
+    else:
+        lines.append(
+            f"predicted   accuracy {predicted['accuracy']:.4f}, {predicted['gmacs']:.4g} GMAC, "
+            f"exits {_percent(predicted['exit_fractions'])}"
+        )
     if observed["images"]:
         latency = observed["latency_ms"]
         lines.append(

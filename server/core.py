@@ -24,6 +24,14 @@ Slot = NewType("Slot", int)
 
 
 @dataclass(frozen=True, slots=True)
+class Mix:
+    """The second, dearer thresholds of a mixed operating point, and the share of all requests that they judge."""
+
+    thresholds: tuple[float, ...]  # one per exit, the last is 0.0
+    share: float  # 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
 class OperatingPoint:
     """Where on the accuracy/cost curve the cascade runs.
 
@@ -33,6 +41,12 @@ class OperatingPoint:
 
     version: int
     thresholds: tuple[float, ...]  # one per exit, the last is 0.0
+    mix: Mix | None = None
+
+    def thresholds_for(self, place: float) -> tuple[float, ...]:
+        """The thresholds that judge a whole request. `place`, in [0, 1), is a hash of its id: a retry is judged alike,
+        and where a share moves a little, few requests change sides."""
+        return self.thresholds if self.mix is None or place >= self.mix.share else self.mix.thresholds
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost
 class Evaluation:
     """Per exit, all images leaving there: `exit_accuracy`, and cumulative `stage_gmacs`. `points`: rows of the
     calibrated frontier as they turn out here, by share of the last exit's cost. `area`: mean accuracy over budgets
-    from the first exit's cost to the last's, of the frontier and of the geometric family, both calibrated alike."""
+    from the first exit's cost to the last's, of the frontier and of the geometric family, both calibrated alike; the
+    latter is left out, {} and None, where the frontier was imported and has no records to fit it to."""
 
     images: int
     exit_accuracy: tuple[float, ...]
@@ -26,22 +27,23 @@ class Evaluation:
     points: dict[str, FrontierRow]
     geometric_points: dict[str, FrontierRow]
     area: float
-    geometric_area: float
+    geometric_area: float | None
 
 
 def evaluate(frontier: Frontier, records: Records) -> Evaluation:
     """Judge a calibrated frontier by records of other images."""
     costs = frontier.stage_gmacs
     swept = frontier.rows
-    family = sorted(geometric(frontier.records.confidence, frontier.records.correct, costs), key=lambda row: row.gmacs)
+    logged = frontier.records
+    family = () if logged is None else geometric(logged.confidence, logged.correct, costs)
     return Evaluation(
         images=records.correct.shape[1],
         exit_accuracy=tuple(map(float, records.correct.mean(axis=1))),
         stage_gmacs=costs,
         points=_points(swept, records, costs),
-        geometric_points=_points(family, records, costs),
+        geometric_points=_points(family, records, costs) if family else {},
         area=_area(swept, records, costs),
-        geometric_area=_area(family, records, costs),
+        geometric_area=_area(family, records, costs) if family else None,
     )
 
 

@@ -16,18 +16,24 @@ _POPULATION = 50
 _GENERATIONS = 60
 
 
+def geometric_shares(exits: int) -> NDArray[np.float64]:
+    """p, p^2, p^3, ... for p = k/20, k = 1..59: what the images at each exit are to be proportional to. (59, E)"""
+    p = np.arange(1, 60)[:, None] / 20
+    shares: NDArray[np.float64] = p ** np.arange(1, exits + 1)
+    return shares
+
+
 def geometric(confidence: ArrayLike, correct: ArrayLike, stage_gmacs: Sequence[float]) -> tuple[FrontierRow, ...]:
     """MSDNet's family of thresholds, as the authors' code draws it: kept for comparison.
 
-    For p = k/20, k = 1..59, a share proportional to p, p^2, p^3, ... of all images is to leave at each exit; exit by
-    exit the threshold is the confidence of the last image that may leave, among those still in.
+    A share of all images is to leave at each exit (`geometric_shares`); exit by exit the threshold is the confidence of
+    the last image that may leave, among those still in.
     """
     costs = np.asarray(stage_gmacs, dtype=np.float64)
     records = as_records(confidence, correct, costs)
     exits, samples = records.correct.shape
     rows = []
-    for k in range(1, 60):
-        shares = (k / 20) ** np.arange(1, exits + 1)
+    for shares in geometric_shares(exits):
         quota = np.floor(samples * shares / shares.sum()).astype(int)
         inside = np.ones(samples, dtype=bool)
         thresholds = []

@@ -24,13 +24,18 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FORMAT_VERSION = 1
-CRITERION = "max_probability"  # confidence: the largest softmax probability, computed in the exported graph
+Criterion = Literal["max_probability", "entropy"]
+"""What an exit's confidence is: the largest probability, or 1 - H(p) / log K of all K. From 0 to 1, larger is surer.
+
+The exported graph computes it; a frontier's thresholds, and a request's min_confidence, are on that scale."""
+Source = Literal["calibration", "imported"]
+"""Whose thresholds: solved here, from records of images, or brought along by a published checkpoint, without any."""
 NEVER = 2.0
 """A threshold that no confidence reaches: nobody leaves at this exit."""
 
@@ -46,10 +51,34 @@ class FrontierRow:
 
     thresholds: tuple[float, ...]  # one per exit, the last is 0.0; NEVER where nobody leaves
     accuracy: float
-    accuracy_lower: float  # one-sided 95 % Wilson bound, for this row taken alone
+    accuracy_lower: float | None  # one-sided 95 % Wilson bound, for this row taken alone; None: images unknown
     gmacs: float  # mean per image
     exit_fractions: tuple[float, ...]  # one per exit
     ms: float | None = None  # mean engine time per image; not kept with the rest: it is another on every machine
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Two rows of which every request meets one, chosen at random, and what that comes to on average."""
+
+    cheaper: FrontierRow
+    dearer: FrontierRow
+    share: float  # of the requests that meet the dearer row, 0 to 1
+
+    @property
+    def accuracy(self) -> float:
+        return self._mean(self.cheaper.accuracy, self.dearer.accuracy)
+
+    @property
+    def gmacs(self) -> float:
+        return self._mean(self.cheaper.gmacs, self.dearer.gmacs)
+
+    @property
+    def exit_fractions(self) -> tuple[float, ...]:
+        return tuple(map(self._mean, self.cheaper.exit_fractions, self.dearer.exit_fractions))
+
+    def _mean(self, cheaper: float, dearer: float) -> float:
+        return round((1 - self.share) * cheaper + self.share * dearer, _NDIGITS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,11 +106,12 @@ class Frontier:
 
     rows: tuple[FrontierRow, ...]
     stage_gmacs: tuple[float, ...]  # (E,) cumulative
-    samples: int  # images calibrated on
+    samples: int  # images calibrated on; 0 where it was imported
     key: str  # what it was calibrated for, see Manifest.frontier_key
     exit_accuracy: tuple[float, ...]  # (E,) were every image to leave there
-    records: Records = field(compare=False, repr=False)  # at most MAX_RECORDS of the samples, evenly drawn
-    criterion: str = CRITERION
+    records: Records | None = field(compare=False, repr=False)  # at most MAX_RECORDS of the samples, evenly drawn
+    criterion: str = "max_probability"  # see Criterion
+    source: Source = "calibration"
     certificate: Certificate | None = None
 
     @property
@@ -103,9 +133,25 @@ class Frontier:
         at = bisect_left(self.rows, accuracy, key=lambda row: row.accuracy)
         return self.rows[at] if at < len(self.rows) else None
 
-    def predict(self, thresholds: Sequence[float]) -> FrontierRow:
-        """What any thresholds would do on the calibration records: E of them, or E-1 (the last is 0)."""
-        return evaluate_thresholds(self.records, thresholds, self.stage_gmacs)
+    def mixture(self, gmacs: float) -> Mixture | None:
+        """The most accurate mixture of rows whose mean cost is `gmacs`: no other random choice among rows does better.
+
+        It mixes the two vertices of the upper hull on either side. The knee alone for any cost above it; None where
+        even row 0 costs more.
+        """
+        hull = upper_hull(self.rows)
+        at = bisect_right(hull, gmacs, key=lambda row: row.gmacs)
+        if at == 0:
+            return None
+        if at == len(hull):
+            return Mixture(self.knee, self.knee, 0.0)
+        cheaper, dearer = hull[at - 1], hull[at]
+        return Mixture(cheaper, dearer, (gmacs - cheaper.gmacs) / (dearer.gmacs - cheaper.gmacs))
+
+    def predict(self, thresholds: Sequence[float]) -> FrontierRow | None:
+        """What any thresholds would do on the calibration records: E of them, or E-1 (the last is 0). None where there
+        are no records."""
+        return None if self.records is None else evaluate_thresholds(self.records, thresholds, self.stage_gmacs)
 
     def to_json(self) -> str:
         """Stable text, one row a line."""
@@ -113,19 +159,15 @@ class Frontier:
             "format_version": FORMAT_VERSION,
             "key": self.key,
             "criterion": self.criterion,
+            "source": self.source,
             "samples": self.samples,
             "stage_gmacs": self.stage_gmacs,
             "exit_accuracy": self.exit_accuracy,
             "certificate": asdict(self.certificate) if self.certificate else None,
         }
-        records = {
-            "count": self.records.correct.shape[1],
-            "confidence": _encode(self.records.confidence.astype("<f4").tobytes()),
-            "correct": _encode(np.packbits(self.records.correct).tobytes()),
-        }
         lines = [f'"{name}": {_dump(value)},' for name, value in head.items()]
         lines += ['"rows": [', ",\n".join(_dump(asdict(row)) for row in self.rows), "],"]
-        lines += [f'"records": {_dump(records)}']
+        lines += [f'"records": {_dump(_describe_records(self.records))}']
         return "{\n" + "\n".join(lines) + "\n}\n"
 
     @classmethod
@@ -145,6 +187,7 @@ class Frontier:
                 exit_accuracy=tuple(map(float, document["exit_accuracy"])),
                 records=_parse_records(document["records"], len(stage_gmacs)),
                 criterion=str(document["criterion"]),
+                source=document.get("source", "calibration"),
                 certificate=_parse_certificate(document.get("certificate")),
             )
         except json.JSONDecodeError as error:
@@ -159,7 +202,8 @@ class Frontier:
             raise ValueError("no rows")
         exits = self.num_exits
         for number, row in enumerate(self.rows):
-            numbers = (*row.thresholds, *row.exit_fractions, row.accuracy, row.accuracy_lower, row.gmacs)
+            lower = row.accuracy if row.accuracy_lower is None else row.accuracy_lower
+            numbers = (*row.thresholds, *row.exit_fractions, row.accuracy, lower, row.gmacs)
             if not all(map(math.isfinite, numbers)):
                 raise ValueError(f"row {number} holds a number that is not finite")
             if len(row.thresholds) != exits or len(row.exit_fractions) != exits or row.thresholds[-1] != 0:
@@ -168,6 +212,8 @@ class Frontier:
             raise ValueError("rows do not rise in cost and accuracy")
         if len(self.exit_accuracy) != exits:
             raise ValueError(f"exit_accuracy does not have {exits} values")
+        if self.source not in get_args(Source):
+            raise ValueError(f"source {self.source!r} is none of {', '.join(get_args(Source))}")
 
 
 def sweep(
@@ -176,6 +222,7 @@ def sweep(
     stage_gmacs: Sequence[float],
     *,
     key: str = "",
+    criterion: Criterion = "max_probability",
     bins: int = 1024,
     max_rows: int = 257,
 ) -> Frontier:
@@ -224,6 +271,7 @@ def sweep(
         key=key,
         exit_accuracy=tuple(round(float(a), _NDIGITS) for a in records.correct.mean(axis=1)),
         records=_subsample(records),
+        criterion=criterion,
     )
 
 
@@ -232,6 +280,23 @@ def with_ms(rows: Sequence[FrontierRow], stage_ms: Sequence[float]) -> tuple[Fro
     return tuple(
         replace(row, ms=sum(sum(row.exit_fractions[stage:]) * ms for stage, ms in enumerate(stage_ms))) for row in rows
     )
+
+
+def upper_hull(rows: Sequence[FrontierRow]) -> list[FrontierRow]:
+    """The rows, of those that rise in cost and accuracy, that no mixture of two others matches: ends included, accuracy
+    gained per cost falls from each to the next (Andrew's monotone chain, 1979)."""
+    hull: list[FrontierRow] = []
+    for row in rows:
+        while len(hull) >= 2 and _on_or_below(hull[-1], hull[-2], row):
+            hull.pop()
+        hull.append(row)
+    return hull
+
+
+def _on_or_below(row: FrontierRow, left: FrontierRow, right: FrontierRow) -> bool:
+    """Whether `row` does not rise above the straight line from `left` to `right`."""
+    rise, run = right.accuracy - left.accuracy, right.gmacs - left.gmacs
+    return (row.accuracy - left.accuracy) * run <= rise * (row.gmacs - left.gmacs)
 
 
 def budget_area(rows: Sequence[FrontierRow], low: float, high: float) -> float:
@@ -368,11 +433,11 @@ def _subsample(records: Records) -> Records:
 
 
 def _parse_row(row: dict[str, Any]) -> FrontierRow:
-    ms = row["ms"]
+    lower, ms = row["accuracy_lower"], row["ms"]
     return FrontierRow(
         thresholds=tuple(map(float, row["thresholds"])),
         accuracy=float(row["accuracy"]),
-        accuracy_lower=float(row["accuracy_lower"]),
+        accuracy_lower=None if lower is None else float(lower),
         gmacs=float(row["gmacs"]),
         exit_fractions=tuple(map(float, row["exit_fractions"])),
         ms=None if ms is None else float(ms),
@@ -388,7 +453,19 @@ def _parse_certificate(document: dict[str, Any] | None) -> Certificate | None:
     return Certificate(loss, confidence, int(document["samples"]), gmacs)
 
 
-def _parse_records(document: dict[str, Any], exits: int) -> Records:
+def _describe_records(records: Records | None) -> dict[str, Any] | None:
+    if records is None:
+        return None
+    return {
+        "count": records.correct.shape[1],
+        "confidence": _encode(records.confidence.astype("<f4").tobytes()),
+        "correct": _encode(np.packbits(records.correct).tobytes()),
+    }
+
+
+def _parse_records(document: dict[str, Any] | None, exits: int) -> Records | None:
+    if document is None:
+        return None
     count = int(document["count"])
     confidence = np.frombuffer(base64.b64decode(document["confidence"], validate=True), dtype="<f4")
     bits = np.frombuffer(base64.b64decode(document["correct"], validate=True), dtype=np.uint8)

@@ -7,6 +7,7 @@ together.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import math
 import re
@@ -141,11 +142,17 @@ async def classify(request: Request) -> Response:
                 max_exit=ask.max_exit,
                 min_confidence=ask.min_confidence,
                 priority=ask.priority,
+                place=place_of(request.scope["state"]["request_id"]),
             )
     decode_s, total_s = decoded - arrived, clock() - arrived
     # When the answer is on its way, not before.
     asyncio.get_running_loop().call_soon(_record, service, answer, decode_s, total_s, ask.steered)
     return json_response(shape_answer(service, answer, ask.top_k, decode_s, total_s))
+
+
+def place_of(request_id: str) -> float:
+    """A hash of the id as a number in [0, 1), the same on every replica."""
+    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=6).digest()) / 2**48
 
 
 def _record(service: Service, answer: Answer, decode_s: float, total_s: float, steered: bool) -> None:
@@ -205,16 +212,17 @@ async def put_budget(request: Request) -> Response:
     document = await read_json(dict(request.scope["headers"]), request.receive, _BUDGET_LIMITS)
     if not isinstance(document, dict):
         raise InvalidRequest('The body must be an object such as {"gmacs": 0.03}')
-    target, hold = _target(document)
+    target, hold, mix = _target(document)
     if_match = _if_match(request.headers.get("if-match"), service.budget.point.version)
-    state = await service.budget.put(target, hold, if_match)
+    state = await service.budget.put(target, hold, if_match, mix=mix)
     service.note_budget(state, request.client, request.scope["state"]["request_id"])
     return _budget_response(state)
 
 
-def _target(document: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _target(document: dict[str, Any]) -> tuple[dict[str, Any], str, bool]:
+    """Target, hold and mix, as they were sent."""
     for name in document:
-        if name not in (*_TARGETS, "quantile", "hold"):
+        if name not in (*_TARGETS, "quantile", "hold", "mix"):
             raise InvalidRequest(f"There is no {name[:40]!r} in a budget", field=name[:40])
     target = {name: document[name] for name in _TARGETS if name in document}
     if len(target) != 1:
@@ -223,7 +231,7 @@ def _target(document: dict[str, Any]) -> tuple[dict[str, Any], str]:
         )
     if "quantile" in document and "latency_ms" not in target:
         raise InvalidRequest("quantile belongs to latency_ms", field="quantile")
-    return target, document.get("hold", "cost")
+    return target, document.get("hold", "cost"), document.get("mix", False)
 
 
 def _if_match(header: str | None, current: int) -> int | Literal["*"] | None:

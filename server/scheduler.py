@@ -20,10 +20,11 @@ ones queue for the next stage, where survivors of different requests share a bat
 - *Live state.* A survivor holds a slot of the engine while it waits for, or runs in, a later stage. A first-stage
   batch takes no more rows than there are free slots, since every row may survive; deeper batches need no new slot,
   so they always can run and free some: no deadlock.
-- *One operating point per request.* Every request carries one point and all of its images are judged by that one. A
-  swap moves a live request to the new point only if the new point, had it been there from the start, would have led
-  every image to where it is now (`_adopt`); a waiting image that passes the lowered threshold of its last exit then
-  leaves at once, free. Otherwise the request finishes under the point it has.
+- *One operating point per request.* Every request carries one point and all of its images are judged by that one; a
+  mixed point has two sets of thresholds, and the request's place says which. A swap moves a live request to the new
+  point only if the new point, had it been there from the start, would have led every image to where it is now
+  (`_adopt`); a waiting image that passes the lowered threshold of its last exit then leaves at once, free. Otherwise
+  the request finishes under the point it has.
 - *Deadlines.* At the deadline an image that has a prediction is answered with it (`degraded`), also when it runs in
   a later stage just then. A request with an image that has none fails: a request succeeds or fails as a whole.
   Where the cost of batches is known (`seconds`) nobody waits for a deadline in vain: a newcomer that could not be
@@ -95,6 +96,7 @@ class Request:
     deadline: float
     max_exit: int | None
     min_confidence: float | None
+    place: float  # in [0, 1): which thresholds of a mixed point judge it
     point: OperatingPoint
     thresholds: tuple[float, ...]  # those of the point, as changed by max_exit and min_confidence
     size: int  # images
@@ -298,8 +300,9 @@ class Scheduler:
 
     def check(self, point: OperatingPoint) -> None:
         """Raises ValueError for a point that does not fit this cascade."""
-        if len(point.thresholds) != len(self._max_batch_sizes) or point.thresholds[-1] != 0.0:
-            raise ValueError(f"not one threshold per exit, the last 0.0: {point.thresholds}")
+        for thresholds in (point.thresholds, *([point.mix.thresholds] if point.mix else [])):
+            if len(thresholds) != len(self._max_batch_sizes) or thresholds[-1] != 0.0:
+                raise ValueError(f"not one threshold per exit, the last 0.0: {thresholds}")
 
     # -- what can happen
 
@@ -312,11 +315,12 @@ class Scheduler:
         max_exit: int | None = None,
         min_confidence: float | None = None,
         priority: Priority = NORMAL,
+        place: float = 0.0,
     ) -> Request:
         """Take a request in, whole.
 
         `max_exit` (from 1): no image goes deeper. `min_confidence` replaces every threshold but the last; such a
-        request keeps the point it came under whatever is swapped.
+        request keeps the point it came under whatever is swapped. `place`: see `OperatingPoint.thresholds_for`.
 
         Raises Overloaded where the queue has no room for all of it or its deadline cannot be met, TooManyImages where
         there never will be room, DeadlineExceeded where not even an idle server could meet the deadline.
@@ -330,10 +334,10 @@ class Scheduler:
             raise Overloaded("the queue is full", retry_after_s=self._retry_after_s(now))
         if self._seconds is not None:
             self._refuse_hopeless(len(pixels), priority, deadline - now)
-        thresholds = _thresholds(self._point, max_exit, min_confidence)
+        thresholds = _thresholds(self._point, place, max_exit, min_confidence)
         size = len(pixels)
         request = Request(
-            deadline, max_exit, min_confidence, self._point, thresholds, size=size, undecided=size, priority=priority
+            deadline, max_exit, min_confidence, place, self._point, thresholds, size, undecided=size, priority=priority
         )
         request.images = tuple(Image(request, next(self._orders), one, since=now) for one in pixels)
         for image in request.images:
@@ -456,7 +460,7 @@ class Scheduler:
             return
         if request.running or request.undecided < request.size:
             return
-        thresholds = _thresholds(self._point, request.max_exit, None)
+        thresholds = _thresholds(self._point, request.place, request.max_exit, None)
         if not all(_led_here(image, thresholds) for image in request.images):
             return
         request.point, request.thresholds = self._point, thresholds
@@ -563,8 +567,10 @@ class Scheduler:
         return max([1, *(math.ceil(now - image.since) for image in self._queues[0].heads())])
 
 
-def _thresholds(point: OperatingPoint, max_exit: int | None, min_confidence: float | None) -> tuple[float, ...]:
-    thresholds = point.thresholds
+def _thresholds(
+    point: OperatingPoint, place: float, max_exit: int | None, min_confidence: float | None
+) -> tuple[float, ...]:
+    thresholds = point.thresholds_for(place)
     if min_confidence is not None:
         thresholds = (min_confidence,) * (len(thresholds) - 1) + (0.0,)
     return thresholds if max_exit is None else (*thresholds[: max_exit - 1], 0.0)

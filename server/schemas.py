@@ -54,7 +54,7 @@ class Timing(_Model):
 class Result(_Model):
     predictions: list[Prediction] = Field(description="The `top_k` most probable classes, the most probable first.")
     exit: int = Field(ge=1, description="The exit at which the image left; counts from 1.")
-    confidence: float = Field(ge=0, le=1, description="Confidence at that exit.")
+    confidence: float = Field(ge=0, le=1, description="At that exit, by the model's `criterion`.")
     degraded: bool = Field(description="A deadline, not a threshold, ended the cascade.")
     gmacs: float = Field(description="Cumulative cost at that exit, billions of multiply-accumulates.")
     timing_ms: Timing
@@ -72,9 +72,11 @@ class Images(_Model):
 
 
 class Predicted(_Model):
-    accuracy: float
-    gmacs: float
-    exit_fractions: list[float]
+    """Null throughout: thresholds that an operator gave, on a frontier that was imported without records."""
+
+    accuracy: float | None
+    gmacs: float | None
+    exit_fractions: list[float] | None
 
 
 class Latency(_Model):
@@ -103,11 +105,21 @@ class Target(_Model):
 
 
 class BudgetRequest(Target):
-    """Exactly one target, and optionally `hold`."""
+    """Exactly one target, and optionally `hold` and, with `gmacs`, `mix`."""
 
     hold: Literal["cost", "quality"] = Field(
         "cost", description="`cost`: thresholds follow the traffic so that the cost stays. `quality`: they stay."
     )
+    mix: bool = Field(
+        False,
+        description="Only with `gmacs`: meet the cost exactly, by two sets of thresholds; a hash of its `X-Request-ID` "
+        "decides which one judges a request.",
+    )
+
+
+class Mix(_Model):
+    thresholds: list[float] = Field(description="The dearer ones.")
+    share: float = Field(ge=0, le=1, description="Of all requests: those that are judged by them, and by no others.")
 
 
 class Budget(_Model):
@@ -116,6 +128,7 @@ class Budget(_Model):
     hold: Literal["cost", "quality"]
     clamped: bool = Field(description="The target lies beyond the frontier; its end is in force.")
     thresholds: list[float] = Field(description="In force, one per exit; the last is 0. 2: nobody leaves there.")
+    mix: Mix | None = Field(description="Null unless the budget was set with `mix`; then `thresholds` are the cheaper.")
     predicted: Predicted = Field(description="What calibration says of the thresholds in force.")
     observed: Observed
     feasible: Feasible
@@ -124,7 +137,7 @@ class Budget(_Model):
 class FrontierRow(_Model):
     thresholds: list[float]
     accuracy: float
-    accuracy_lower: float = Field(description="One-sided 95 % lower bound.")
+    accuracy_lower: float | None = Field(description="One-sided 95 % lower bound; null where images are not known.")
     gmacs: float
     exit_fractions: list[float]
     ms: float | None = Field(
@@ -140,7 +153,11 @@ class Certificate(_Model):
 
 
 class Frontier(_Model):
-    samples: int = Field(description="Images calibrated on.")
+    criterion: Literal["max_probability", "entropy"] = Field(description="What the thresholds are compared with.")
+    source: Literal["calibration", "imported"] = Field(
+        description="Solved here, on images, or brought along by a published checkpoint."
+    )
+    samples: int = Field(description="Images calibrated on; 0 where it was imported.")
     stage_gmacs: list[float] = Field(description="Cumulative cost per exit.")
     rows: list[FrontierRow] = Field(description="From the cheapest to the most accurate.")
     certificate: Certificate | None = Field(description="Null where calibration was asked for none.")
@@ -171,6 +188,9 @@ class Model(_Model):
     labels: list[str]
     stages: list[Stage]
     precision: str
+    criterion: Literal["max_probability", "entropy"] = Field(
+        description="What `confidence` is: the largest probability, or 1 - H(p) / log K with H the entropy of all K."
+    )
     engine: Engine
     preprocessing: Preprocessing
 
@@ -241,7 +261,13 @@ CLASSIFY: dict[str, Any] = {
                 "timeout_ms", "Answer by then; at most the server's `DVT_MAX_TIMEOUT_MS`.", type="number", minimum=0
             ),
             _query("max_exit", "Never go deeper than this exit.", type="integer", minimum=1),
-            _query("min_confidence", "Used in place of the live thresholds.", type="number", minimum=0, maximum=1),
+            _query(
+                "min_confidence",
+                "Used in place of the live thresholds; on the scale of the model's `criterion`.",
+                type="number",
+                minimum=0,
+                maximum=1,
+            ),
             _query(
                 "priority",
                 "Who waits less: high before normal before low. Low is refused once the queue is half full.",
@@ -319,6 +345,7 @@ PUT_BUDGET: dict[str, Any] = {
                     "schema": {"$ref": "#/components/schemas/BudgetRequest"},
                     "examples": {
                         "gmacs": {"value": {"gmacs": 0.03}},
+                        "mixed": {"value": {"gmacs": 0.03, "mix": True}},
                         "accuracy": {"value": {"accuracy": 0.74, "hold": "quality"}},
                         "thresholds": {"value": {"thresholds": [0.9, 0.7]}},
                     },

@@ -19,11 +19,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator last asked for. `target` and `hold` are as in PUT /budget and are checked by whoever loads."""
+    """What the operator last asked for, as in PUT /budget; target and hold are checked by whoever loads."""
 
     version: int
     target: Mapping[str, Any]
     hold: str
+    mix: bool = False
 
 
 class PolicyStore(Protocol):
@@ -108,13 +109,15 @@ def _read(path: Path) -> Policy:
     try:
         document = json.loads(path.read_bytes())
         version, target, hold = document["version"], document["target"], document["hold"]
+        mix = document.get("mix", False)  # files of earlier releases have none
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreUnavailable(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
-    if type(version) is not int or version < 1 or not isinstance(target, dict) or not isinstance(hold, str):
+    sound = isinstance(target, dict) and isinstance(hold, str) and isinstance(mix, bool)
+    if type(version) is not int or version < 1 or not sound:
         raise StoreUnavailable(f"{path}: does not hold a budget")
-    return Policy(version, target, hold)
+    return Policy(version, target, hold, mix)
 
 
 def _replace(path: Path, text: str, durable: bool) -> None:

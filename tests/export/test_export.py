@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -18,7 +19,8 @@ from export.write import export_checkpoint
 from model.checkpoint import CheckpointError, load_model
 from server.__main__ import build
 from server.bundle import Bundle
-from server.engines.onnx import open_session
+from server.calibrate import calibrate, read_image_folder
+from server.engines.onnx import OnnxEngine, open_session
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,41 @@ def test_confidence_is_the_largest_probability_and_probabilities_are_the_softmax
         probabilities = torch.from_numpy(logits).softmax(1).numpy()
         np.testing.assert_allclose(out["probabilities"], probabilities, atol=1e-5)
         np.testing.assert_array_equal(out["confidence"], out["probabilities"].max(axis=1))
+
+
+def test_confidence_may_be_one_less_the_normalised_entropy_and_is_calibrated_on_that_scale(
+    parts, micro_checkpoint: Path, image_folder: Path, tmp_path: Path
+):
+    _, plain, graphs, _ = parts
+    out = tmp_path / "entropy"
+    ran = CliRunner().invoke(build(), ["export", str(micro_checkpoint), str(out), "--criterion", "entropy"])
+    assert ran.exit_code == 0, ran.output
+    bundle = Bundle.load(out, need_frontier=False)
+    assert (plain.manifest.criterion, bundle.manifest.criterion) == ("max_probability", "entropy")
+    assert bundle.manifest.version != plain.manifest.version
+    sessions = [open_session(bundle.stage_path(number)) for number in (1, 2, 3)]
+    images = np.random.default_rng(7).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
+    for answer in run_cascade(graphs, sessions, images):
+        p = answer["probabilities"].astype(np.float64)
+        np.testing.assert_allclose(answer["confidence"], 1 + (p * np.log(p)).sum(axis=1) / np.log(4), atol=1e-6)
+
+    engine = OnnxEngine(bundle)
+    frontier = calibrate(bundle, engine, read_image_folder(image_folder, bundle.manifest.labels))
+    engine.close()
+    assert frontier.criterion == Bundle.load(out).frontier.criterion == "entropy"
+
+
+def test_the_entropy_of_certain_and_of_even_probabilities_is_exact_and_finite(parts):
+    graph = StageGraph(parts[0], 1, criterion="entropy")
+    logits = torch.tensor([[200.0, 0, 0, 0], [-1e30, 3.0, 3.0, -1e30], [7.0] * 4])
+    confidence = graph._confidence(logits, logits.softmax(dim=-1))
+    assert confidence.tolist() == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)
+    assert 0 <= confidence.min() <= confidence.max() <= 1
+
+
+def test_an_unknown_criterion_is_refused(tmp_path: Path):
+    ran = CliRunner().invoke(build(), ["export", "x.safetensors", str(tmp_path / "y"), "--criterion", "margin"])
+    assert isinstance(ran.exception, click.UsageError)
 
 
 def test_graphs_use_the_attention_operator_and_carry_no_trace_of_the_machine(parts):

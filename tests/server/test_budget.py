@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import threading
@@ -15,9 +16,9 @@ import pytest
 from numpy.typing import NDArray
 
 from server.budget import DEFAULT_SLACK, WINDOW, BudgetController, CostLoop, solve
-from server.core import ImageResult, OperatingPoint
+from server.core import ImageResult, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
-from server.frontier import Frontier, sweep
+from server.frontier import Frontier, sweep, upper_hull
 from server.store import FileStore, MemoryStore, Policy
 
 GMACS = (0.47, 1.1, 2.31)
@@ -44,10 +45,11 @@ def result(exit: int, degraded: bool = False) -> ImageResult:
 
 
 def serve(budget: BudgetController, confidence: NDArray[np.float32], **kwargs: Any) -> NDArray[np.float64]:
-    """Let the images through the thresholds in force at their time; the cost of each."""
+    """Let the images, a request each, through the thresholds in force at their time; the cost of each."""
     costs = []
-    for first, second in confidence.T:
-        t = budget.point.thresholds
+    places = np.random.default_rng(0).random(confidence.shape[1])
+    for place, (first, second) in zip(places, confidence.T, strict=True):
+        t = budget.point.thresholds_for(place)
         exit = 1 if first >= t[0] else 2 if second >= t[1] else 3
         budget.observe(result(exit), 0.01, **{"steered": False, **kwargs})
         costs.append(GMACS[exit - 1])
@@ -86,6 +88,7 @@ async def test_a_budget_in_gmacs_takes_the_best_row_within_it(frontier: Frontier
         "hold": "cost",
         "clamped": False,
         "thresholds": row.thresholds,
+        "mix": None,
         "predicted": {"accuracy": row.accuracy, "gmacs": row.gmacs, "exit_fractions": row.exit_fractions},
         "observed": {
             "images": 0,
@@ -186,7 +189,7 @@ def test_until_an_operator_speaks_it_runs_just_below_the_knee_with_fixed_thresho
     assert state.predicted.gmacs < frontier.knee.gmacs
     assert state.target == {"accuracy": state.predicted.accuracy}
     again = solve(frontier, state.target, state.hold)
-    assert again.row.thresholds == state.thresholds, "the target shown is one that gives these thresholds"
+    assert again.setting.thresholds == state.thresholds, "the target shown is one that gives these thresholds"
 
 
 async def test_if_match_lets_only_the_version_it_names_be_replaced(frontier: Frontier) -> None:
@@ -316,6 +319,77 @@ def test_after_a_power_failure_the_last_policy_that_was_synced_counts(
     assert "budget.json.new" in caplog.text
 
 
+async def test_a_mixed_budget_meets_its_cost_exactly_by_two_sets_of_thresholds(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    mixture = frontier.mixture(1.0)
+    assert mixture is not None
+    assert 0 < mixture.share < 1
+    state = await budget.put({"gmacs": 1.0}, "quality", mix=True)
+    assert state.thresholds == mixture.cheaper.thresholds
+    assert state.mix == Mix(mixture.dearer.thresholds, mixture.share)
+    assert state.predicted.gmacs == 1.0
+    below = frontier.by_gmacs(1.0)
+    assert below is not None
+    assert state.predicted.accuracy is not None
+    assert state.predicted.accuracy >= below.accuracy
+    assert budget.point == OperatingPoint(2, state.thresholds, state.mix)
+    assert serve(budget, traffic(20_000, seed=0)[0]).mean() == pytest.approx(1.0, rel=0.01)
+    assert budget.state().mix == state.mix, "quality: the mixture stays"
+    assert (await budget.put({"gmacs": 1.0})).mix is None
+
+
+async def test_a_mixed_budget_beyond_the_knee_is_the_knee_alone(frontier: Frontier) -> None:
+    state = await BudgetController(frontier, MemoryStore()).put({"gmacs": 50}, mix=True)
+    assert state.clamped
+    assert state.thresholds == frontier.knee.thresholds
+    assert state.mix == Mix(frontier.knee.thresholds, 0.0)
+    with pytest.raises(BudgetInfeasible):
+        solve(frontier, {"gmacs": 0.46}, mix=True)
+
+
+@pytest.mark.parametrize("target", [{"accuracy": 0.75}, {"thresholds": [0.9, 0.8]}])
+def test_only_a_cost_is_met_by_a_mixture(frontier: Frontier, target: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="mix is for gmacs targets only"):
+        solve(frontier, target, mix=True)
+    assert solve(frontier, target, mix=False).setting.mix is None
+    with pytest.raises(InvalidRequest, match="true or false"):
+        solve(frontier, {"gmacs": 1.0}, mix="yes")  # type: ignore[arg-type]
+
+
+async def test_a_mixed_budget_is_held_along_the_hull_as_traffic_turns_harder(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    await budget.put({"gmacs": 0.8}, mix=True)
+    vertices = [row.thresholds for row in upper_hull(frontier.rows)]
+    told: list[OperatingPoint] = []
+    budget.on_change(told.append)
+    for seed, harder in enumerate([0.0, 0.5, 0.0], start=1):
+        settled = serve(budget, traffic(15_000, seed=seed, harder=harder)[0])[3000:].mean()
+        assert settled == pytest.approx(0.8, rel=0.01)
+    assert told
+    for point in told:
+        assert point.version == 2
+        assert point.mix is not None
+        low, high = vertices.index(point.thresholds), vertices.index(point.mix.thresholds)
+        assert high - low in (0, 1), "neighbours on the hull"
+    assert all(a != b for a, b in itertools.pairwise(told)), "what has not moved is not told"
+
+
+async def test_a_mixed_budget_survives_a_restart_and_older_files_mean_no_mix(
+    frontier: Frontier, tmp_path: Path
+) -> None:
+    path = tmp_path / "budget.json"
+    budget = BudgetController(frontier, FileStore(path))
+    mixed = await budget.put({"gmacs": 1.0}, mix=True)
+    await budget.close()
+    assert BudgetController(frontier, FileStore(path)).state() == mixed
+    (tmp_path / "budget.json.new").unlink()
+    path.write_text('{"version": 3, "target": {"gmacs": 1.0}, "hold": "cost"}')
+    assert FileStore(path).load() == Policy(3, {"gmacs": 1.0}, "cost", mix=False)
+    path.write_text('{"version": 3, "target": {"gmacs": 1.0}, "hold": "cost", "mix": 1}')
+    with pytest.raises(StoreUnavailable, match="does not hold a budget"):
+        FileStore(path).load()
+
+
 async def test_what_the_cost_loop_made_of_a_target_is_not_stored(frontier: Frontier, tmp_path: Path) -> None:
     store = FileStore(tmp_path / "budget.json")
     budget = BudgetController(frontier, store)
@@ -329,7 +403,7 @@ def test_a_stored_target_is_solved_anew_on_the_frontier_of_today() -> None:
     store = MemoryStore()
     store.save(Policy(7, {"gmacs": 1.0}, "cost"))
     other = sweep(*traffic(5000, seed=5, harder=1.0), GMACS)
-    assert BudgetController(other, store).point == OperatingPoint(7, solve(other, {"gmacs": 1.0}).row.thresholds)
+    assert BudgetController(other, store).point == OperatingPoint(7, solve(other, {"gmacs": 1.0}).setting.thresholds)
 
 
 @pytest.mark.parametrize("target", [{"gmacs": 0.1}, {"latency_ms": 5}, {"thresholds": [0.5] * 5}, {"gmacs": "x"}])
@@ -376,6 +450,7 @@ def test_a_save_that_fails_leaves_the_policy_before_it_and_no_litter(tmp_path: P
         "version": 1,
         "target": {"gmacs": 1.0},
         "hold": "cost",
+        "mix": False,
     }
 
 
@@ -446,9 +521,7 @@ async def test_images_that_the_thresholds_did_not_decide_do_not_move_them(
 
 
 def loop_at(frontier: Frontier, gmacs: float) -> CostLoop:
-    row = frontier.by_gmacs(gmacs)
-    assert row is not None
-    return CostLoop(frontier, gmacs, frontier.rows.index(row))
+    return CostLoop(frontier, gmacs)
 
 
 def test_the_loop_moves_at_the_end_of_a_block_and_by_sixteen_rows_at_most(frontier: Frontier) -> None:

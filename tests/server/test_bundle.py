@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,24 @@ def test_the_version_names_weights_and_pixels_and_nothing_else(tmp_path: Path) -
         stages=specs(tmp_path / "b"),
     )
     assert other.version != first.version
+
+
+def test_a_manifest_that_names_no_criterion_means_the_largest_probability(root: Path) -> None:
+    change(root, lambda document: document.pop("criterion"))
+    assert Bundle.load(root).manifest.criterion == "max_probability"
+    change(root, lambda document: document.update(criterion="margin"))
+    with pytest.raises(BundleError, match="criterion"):
+        Bundle.load(root)
+
+
+def test_a_frontier_of_another_criterion_is_refused(root: Path) -> None:
+    bundle = Bundle.load(root)
+    other = replace(bundle.frontier, criterion="entropy")
+    with pytest.raises(BundleError, match="its confidence is entropy, the bundle's is max_probability"):
+        bundle.write_frontier(other)
+    (root / "frontier.json").write_text(other.to_json())
+    with pytest.raises(BundleError, match="its confidence is entropy"):
+        Bundle.load(root)
 
 
 def test_a_new_calibration_replaces_the_old_without_a_new_manifest(root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,6 +63,8 @@ def test_all_commands_of_the_server_are_there(dvt: Run) -> None:
         (["budget", "gmacs=1,2"], 2, "one number"),
         (["budget", "--hold", "cost"], 2, "--hold needs a TARGET"),
         (["budget", "gmacs=1", "--hold", "x"], 2, "cost or quality"),
+        (["budget", "--mix"], 2, "--mix goes with gmacs=N"),
+        (["budget", "accuracy=0.5", "--mix"], 2, "--mix goes with gmacs=N"),
         (["serve", "no-such-folder", "--port", "0"], 2, "no-such-folder: no such folder"),
         (["serve", "--port", "70000"], 2, "DVT_PORT"),
         (["profile", "no-such-folder"], 1, "no-such-folder: no such folder"),
@@ -138,6 +141,10 @@ async def test_classify_and_budget_ask_a_running_server(
         assert "no images under this budget yet" in out
         await ask("classify", str(cat))
         assert "observed    1 images" in (await ask("budget"))[1]
+
+        status, out, _ = await ask("budget", "gmacs=0.03", "--mix")
+        assert status == 0
+        assert re.search(r"^mix         [0-9.]+ % of the requests by thresholds ", out, re.MULTILINE) is not None, out
 
         status, _, err = await ask("budget", "gmacs=0.000001")
         assert status == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from server.frontier import (
     NEVER,
     Frontier,
     FrontierRow,
+    Mixture,
     budget_area,
     sweep,
+    upper_hull,
     wilson_lower,
     with_ms,
 )
@@ -191,6 +194,7 @@ def test_json_gives_the_same_frontier_back_and_stays_small() -> None:
         ("rows", None, "not a frontier"),
         ("stage_gmacs", [0.1, 0.2], "records: sizes do not fit|does not have 2 thresholds"),
         ("exit_accuracy", [0.5], "exit_accuracy"),
+        ("source", "hearsay", "source 'hearsay' is none of calibration, imported"),
         ("records", {"count": 3, "confidence": "AAAA", "correct": "AA=="}, "."),
     ],
 )
@@ -198,6 +202,20 @@ def test_a_file_that_is_no_frontier_is_refused_with_its_cause(name: str, value: 
     document = json.loads(sweep(*synthetic(50), GMACS).to_json())
     with pytest.raises(ValueError, match=cause):
         Frontier.from_json(json.dumps({**document, name: value}))
+
+
+def test_a_frontier_without_records_says_nothing_of_thresholds_that_are_not_its_rows() -> None:
+    solved = sweep(*synthetic(50), GMACS)
+    assert solved.source == "calibration"
+    rows = tuple(replace(row, accuracy_lower=None) for row in solved.rows)
+    frontier = replace(solved, rows=rows, samples=0, records=None, source="imported")
+    again = Frontier.from_json(frontier.to_json())
+    assert again == frontier
+    assert again.predict([0.5, 0.5]) is None
+    assert again.by_gmacs(1.0) == frontier.by_gmacs(1.0)
+    document = json.loads(solved.to_json())
+    del document["source"]
+    assert Frontier.from_json(json.dumps(document)).source == "calibration"
 
 
 def test_rows_out_of_order_or_not_finite_are_refused() -> None:
@@ -250,6 +268,48 @@ def test_the_area_under_the_budget_curve_is_a_mean_accuracy() -> None:
 def test_milliseconds_are_those_of_the_stages_that_images_reach() -> None:
     row = FrontierRow((0.9, 0.7, 0.0), 0.8, 0.79, 0.5, (0.5, 0.3, 0.2))
     assert with_ms([row], (2.0, 4.0, 10.0))[0].ms == pytest.approx(2 + 0.5 * 4 + 0.2 * 10)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 40))
+@settings(max_examples=50, deadline=None)
+def test_the_hull_is_concave_and_above_every_row(seed: int, max_rows: int) -> None:
+    rows = sweep(*synthetic(300, seed), GMACS, bins=40, max_rows=max_rows).rows
+    hull = upper_hull(rows)
+    assert (hull[0], hull[-1]) == (rows[0], rows[-1])
+    assert set(hull) <= set(rows)
+    slopes = [(b.accuracy - a.accuracy) / (b.gmacs - a.gmacs) for a, b in itertools.pairwise(hull)]
+    assert all(steep > flat for steep, flat in itertools.pairwise(slopes))
+    above = np.interp([row.gmacs for row in rows], [row.gmacs for row in hull], [row.accuracy for row in hull])
+    assert np.all(above >= np.array([row.accuracy for row in rows]) - 1e-12)
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_a_mixture_costs_exactly_what_was_asked_and_no_pair_of_rows_does_better(seed: int, position: float) -> None:
+    frontier = sweep(*synthetic(300, seed), GMACS, bins=40, max_rows=20)
+    rows = frontier.rows
+    gmacs = rows[0].gmacs + position * (rows[-1].gmacs - rows[0].gmacs)
+    mixture = frontier.mixture(gmacs)
+    assert mixture is not None
+    assert 0 <= mixture.share <= 1
+    cost = (1 - mixture.share) * mixture.cheaper.gmacs + mixture.share * mixture.dearer.gmacs
+    assert cost == pytest.approx(gmacs, abs=1e-12)
+    assert mixture.gmacs == pytest.approx(gmacs, abs=1e-9)
+    assert sum(mixture.exit_fractions) == pytest.approx(1)
+    assert np.dot(mixture.exit_fractions, GMACS) == pytest.approx(gmacs, abs=1e-7)
+    for low, high in itertools.combinations(rows, 2):
+        if low.gmacs <= gmacs <= high.gmacs:
+            share = (gmacs - low.gmacs) / (high.gmacs - low.gmacs)
+            assert (1 - share) * low.accuracy + share * high.accuracy <= mixture.accuracy + 2e-9
+
+
+def test_a_mixture_ends_where_the_frontier_does() -> None:
+    frontier = sweep(*synthetic(500), GMACS)
+    assert frontier.mixture(GMACS[0] - 1e-6) is None
+    cheapest = frontier.mixture(GMACS[0])
+    assert cheapest is not None
+    assert (cheapest.cheaper, cheapest.share) == (frontier.rows[0], 0.0)
+    assert frontier.mixture(99.0) == frontier.mixture(frontier.knee.gmacs) == Mixture(frontier.knee, frontier.knee, 0.0)
 
 
 @pytest.mark.parametrize(("hits", "samples"), [(80, 100), (1, 7), (999, 1000)])

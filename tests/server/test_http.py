@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server import schemas
+from server import commands, schemas
+from server.app import create_app
+from server.bundle import Bundle
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
+from server.routes import place_of
+from server.settings import Settings
 
 Photo = Callable[..., bytes]
 SURE, UNSURE = 255, 10
@@ -367,7 +372,8 @@ class TestBudget:
         [
             {}, {"gmacs": 0.03, "accuracy": 0.5}, {"gmacs": "x"}, {"gmacs": True}, {"thresholds": [0.5]}, {"gmac": 1},
             {"thresholds": [0.5, 2.5]}, {"gmacs": 0.03, "hold": "both"}, {"gmacs": 0.03, "hold": []}, [], "x", None,
-            {"gmacs": 0.03, "quantile": 0.9},
+            {"gmacs": 0.03, "quantile": 0.9}, {"gmacs": 0.03, "mix": 1}, {"accuracy": 0.5, "mix": True},
+            {"thresholds": [0.5, 0.5], "mix": True},
         ],
     )  # fmt: skip
     async def test_a_bad_budget_is_refused_and_changes_nothing(self, served: Any, body: Any) -> None:
@@ -380,6 +386,29 @@ class TestBudget:
     async def test_latency_is_refused_clearly(self, served: Any) -> None:
         response = await served.http.put("/budget", json={"latency_ms": 25, "quantile": 0.99})
         assert "later release" in problem_of(response, 422, "invalid_request")["detail"]
+
+    async def test_a_mixed_budget_judges_every_request_by_one_of_two_sets_by_its_id(
+        self, served: Any, photo: Photo
+    ) -> None:
+        put = await served.http.put("/budget", json={"gmacs": 0.03, "mix": True, "hold": "quality"})
+        body = put.json()
+        schemas.Budget.model_validate(body, strict=True)
+        assert body["target"] == {"gmacs": 0.03}
+        assert body["predicted"]["gmacs"] == 0.03
+        mix = body["mix"]
+        assert 0 < mix["share"] < 1
+        stage = next(s for s in (0, 1) if round(255 * body["thresholds"][s]) + 1 < round(255 * mix["thresholds"][s]))
+        between = round(255 * (body["thresholds"][stage] + mix["thresholds"][stage]) / 2)
+        image = photo(*[*[0] * stage, between, SURE, SURE][:3])
+        leaves: dict[bool, set[int]] = {True: set(), False: set()}
+        for number in range(20):
+            headers = {"x-request-id": f"id-{number}"}
+            for _ in range(2):
+                answer = (await served.classify(in_json(image, image), "application/json", headers=headers)).json()
+                exits = {result["exit"] for result in answer["results"]}
+                assert len(exits) == 1, "two images of one request"
+                leaves[place_of(f"id-{number}") < mix["share"]] |= exits
+        assert leaves == {True: {stage + 2}, False: {stage + 1}}
 
     async def test_only_json_is_taken_and_little_of_it(self, served: Any) -> None:
         problem_of(await served.http.put("/budget", content=b"{}"), 415, "unsupported_media_type")
@@ -419,10 +448,31 @@ class TestTheRest:
         schemas.Frontier.model_validate(body, strict=True)
         assert [row["gmacs"] for row in body["rows"]] == sorted(row["gmacs"] for row in body["rows"])
 
+    async def test_thresholds_on_an_imported_frontier_have_no_prediction(
+        self, bundle: Bundle, engine: FakeEngine
+    ) -> None:
+        rows = tuple(replace(row, accuracy_lower=None) for row in bundle.frontier.rows)
+        imported = replace(bundle.frontier, rows=rows, samples=0, records=None, source="imported")
+        app = create_app(Settings(state_dir=None), replace(bundle, solved=imported), engine)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://dvt") as http,
+        ):
+            body = (await http.put("/budget", json={"thresholds": [0.5, 0.5]})).json()
+            schemas.Budget.model_validate(body, strict=True)
+            assert body["thresholds"] == [0.5, 0.5, 0.0]
+            assert body["predicted"] == {"accuracy": None, "gmacs": None, "exit_fractions": None}
+            assert "predicted   unknown" in commands._describe_budget(body)
+            assert (await http.get("/metrics")).status_code == 200
+            body = (await http.get("/frontier")).json()
+            schemas.Frontier.model_validate(body, strict=True)
+            assert (body["source"], body["samples"], body["rows"][0]["accuracy_lower"]) == ("imported", 0, None)
+
     async def test_the_model_is_described(self, served: Any) -> None:
         body = (await served.http.get("/model")).json()
         schemas.Model.model_validate(body, strict=True)
         assert [stage["gmacs"] for stage in body["stages"]] == [0.01, 0.03, 0.08]
+        assert body["criterion"] == (await served.http.get("/frontier")).json()["criterion"] == "max_probability"
         assert body["engine"] == {"name": "fake", "executors": 1, "max_batch_sizes": [8, 4, 4]}
 
     async def test_ready_is_for_a_server_that_is_warm_and_stays(self, serve: Any) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.core import OperatingPoint
+from server.core import Mix, OperatingPoint
 from server.engines.fake import FakeEngine
 from server.errors import DeadlineExceeded, Draining, EngineFailed, InvalidRequest, Overloaded, TooManyImages
 from server.scheduler import BACKGROUND, HIGH, LOW, NORMAL, Batch, Outcome, Request, Scheduler
@@ -487,6 +487,35 @@ def test_min_confidence_is_never_replaced_by_a_new_point():
     assert request.answer.point.version == 1
 
 
+MIXED = OperatingPoint(1, (0.4, 0.4, 0.0), Mix((0.8, 0.8, 0.0), 0.25))
+
+
+def test_a_mixed_point_judges_a_whole_request_by_one_of_its_two_sets():
+    cascade = Cascade(MIXED)
+    places = (0.0, 0.2499, 0.25, 0.99)
+    requests = [cascade.admit([0.5, 0.5, UNSURE], [0.5, SURE], place=place) for place in places]
+    cascade.run_dry()
+    assert [exits(request) for request in requests] == [[3, 2], [3, 2], [1, 1], [1, 1]]
+    assert all(request.answer.point is MIXED for request in requests)
+
+
+def test_a_share_that_moves_takes_only_those_requests_along_that_it_passes():
+    cascade = Cascade(MIXED)
+    dearer, moved, cheaper = (cascade.admit([0.5, SURE], place=place) for place in (0.1, 0.2, 0.9))
+    cascade.step()
+    assert exits(cheaper) == [1]
+    point = OperatingPoint(1, MIXED.thresholds, Mix((0.8, 0.8, 0.0), 0.15))
+    assert cascade.carry_out(cascade.scheduler.retune(point, cascade.now)).settled == [moved]
+    assert exits(moved) == [1]
+    cascade.run_dry()
+    assert exits(dearer) == [2]
+
+
+def test_a_mixed_point_whose_second_set_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="threshold"):
+        Cascade(OperatingPoint(1, (0.5, 0.5, 0.0), Mix((0.5, 0.0), 0.5)))
+
+
 @pytest.mark.parametrize("thresholds", [(0.5, 0.0), (0.5, 0.5, 0.1)])
 def test_a_point_that_does_not_fit_the_cascade_is_refused(thresholds):
     cascade = Cascade()
@@ -499,6 +528,10 @@ def test_a_point_that_does_not_fit_the_cascade_is_refused(thresholds):
 # Few values, so that confidences and thresholds often meet; mostly unsure images, so that histories run deep.
 CONFIDENCES = st.sampled_from([0.2, 0.2, 0.4, 0.4, 0.6, 1.0])
 THRESHOLDS = st.sampled_from([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])
+PLACES = st.sampled_from([0.0, 0.3, 0.6, 0.9])
+MIXES = st.none() | st.builds(
+    lambda a, b, share: Mix((a, b, 0.0), share), THRESHOLDS, THRESHOLDS, st.sampled_from([0.0, 0.3, 0.5, 1.0])
+)
 IMAGES = st.lists(st.tuples(CONFIDENCES, CONFIDENCES, CONFIDENCES), min_size=1, max_size=4)
 
 
@@ -509,11 +542,12 @@ class Histories(RuleBasedStateMachine):
         sizes=st.tuples(*[st.integers(1, 4)] * 3),
         slots=st.integers(1, 12),
         thresholds=st.tuples(THRESHOLDS, THRESHOLDS),
+        mix=MIXES,
         costs=st.sampled_from([None, (0.0, 0.5), (2.0, 1.0)]),
     )
-    def begin(self, sizes, slots, thresholds, costs):
+    def begin(self, sizes, slots, thresholds, mix, costs):
         self.sizes, self.max_slots = sizes, slots
-        self.versions = [OperatingPoint(0, (*thresholds, 0.0))]
+        self.versions = [OperatingPoint(0, (*thresholds, 0.0), mix)]
         self.seconds = None if costs is None else lambda stage, size: costs[0] + costs[1] * size  # noqa: ARG005
         self.cascade = Cascade(
             self.versions[0], sizes=sizes, max_queued_images=12, max_slots=slots, seconds=self.seconds
@@ -529,8 +563,9 @@ class Histories(RuleBasedStateMachine):
         max_exit=st.sampled_from([None, None, None, None, 1, 2, 3]),
         min_confidence=st.sampled_from([None, None, None, None, 0.0, 0.5, 1.0]),
         priority=st.sampled_from([NORMAL, NORMAL, HIGH, LOW, BACKGROUND]),
+        place=PLACES,
     )
-    def admit(self, images, patience, max_exit, min_confidence, priority):
+    def admit(self, images, patience, max_exit, min_confidence, priority, place):
         load = self.cascade.scheduler.load
         room = 12 if priority < LOW else 6
         full = sum(load.waiting) + len(images) > room
@@ -541,6 +576,7 @@ class Histories(RuleBasedStateMachine):
                 max_exit=max_exit,
                 min_confidence=min_confidence,
                 priority=priority,
+                place=place,
             )
         except Overloaded:
             # Or the first stage alone would take too long.
@@ -617,10 +653,11 @@ class Histories(RuleBasedStateMachine):
         live = [request for request in self.confidences if not request.settled]
         self.cascade.cancel(data.draw(st.sampled_from(live)))
 
-    @rule(thresholds=st.tuples(THRESHOLDS, THRESHOLDS))
-    def retune(self, thresholds):
-        self.versions.append(OperatingPoint(len(self.versions), (*thresholds, 0.0)))
-        self.cascade.retune(len(self.versions) - 1, *thresholds)
+    @rule(thresholds=st.tuples(THRESHOLDS, THRESHOLDS), mix=MIXES)
+    def retune(self, thresholds, mix):
+        point = OperatingPoint(len(self.versions), (*thresholds, 0.0), mix)
+        self.versions.append(point)
+        self.cascade.carry_out(self.cascade.scheduler.retune(point, self.cascade.now))
 
     @invariant()
     def every_image_is_accounted_for_once(self):
@@ -651,7 +688,7 @@ class Histories(RuleBasedStateMachine):
             assert request.answer.point == self.versions[request.answer.point.version]
             rows = zip(self.confidences[request], self.orders[request], request.answer.results, strict=True)
             for confidences, order, result in rows:
-                thresholds = list(request.answer.point.thresholds)
+                thresholds = list(request.answer.point.thresholds_for(request.place))
                 if request.min_confidence is not None:
                     thresholds[:2] = [request.min_confidence] * 2
                 if request.max_exit is not None:
