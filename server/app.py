@@ -28,12 +28,14 @@ from server.batcher import Batcher
 from server.bodies import BodyLimits, Intake
 from server.budget import BudgetController, BudgetState
 from server.bundle import Bundle
+from server.control import Machine
 from server.core import Engine, ImageResult
 from server.decoding import Decoder
 from server.edge import Edge, Endpoint, answer_error, thin
 from server.errors import Draining, Overloaded, ServeError
 from server.frontier import FrontierRow, with_ms
 from server.images import ImageLimits
+from server.loops import Brownout
 from server.metrics import Metrics
 from server.profile import LiveProfile
 from server.profiling import profile_at_start
@@ -44,6 +46,7 @@ from server.store import FileStore, MemoryStore, PolicyStore
 log = logging.getLogger(__name__)
 
 DISTRIBUTION = "dvt-serve"
+_QUIET = 0.1  # images a second: nobody is there
 
 
 class Phase(Enum):
@@ -73,15 +76,18 @@ class Service:
         self.metrics = Metrics(
             model=manifest.name, version=manifest.version, release=release(), stage_gmacs=manifest.stage_gmacs
         )
-        self.budget = BudgetController(bundle.frontier, _store(settings, bundle))
-        scheduler = Scheduler(
+        batch_sizes = _batch_sizes(settings, engine)
+        self.machine = Machine(bundle.frontier.rows, batch_sizes, settings.executors)
+        self.budget = BudgetController(bundle.frontier, _store(settings, bundle), machine=self.machine)
+        self.scheduler = Scheduler(
             self.budget.point,
-            max_batch_sizes=_batch_sizes(settings, engine),
+            max_batch_sizes=batch_sizes,
             max_queued_images=settings.max_queued_images,
             max_slots=settings.max_slots,
+            executors=settings.executors,
         )
-        self.batcher = Batcher(engine, scheduler, self, settings.executors, clock)
-        self.profile: LiveProfile | None = None  # from the start on, where there is one
+        self.batcher = Batcher(engine, self.scheduler, self, settings.executors, clock)
+        self._ticker: asyncio.TimerHandle | None = None  # while there is traffic
         self.budget.on_change(self.batcher.retune)
         self.intake = Intake(settings.max_requests, settings.max_held_bytes)
         self.body_limits = BodyLimits(settings.max_body_bytes, settings.max_images, settings.body_timeout_s)
@@ -96,7 +102,9 @@ class Service:
             held_bytes=lambda: self.intake.held_bytes,
             point=lambda: self.budget.point,
             ready=lambda: self.ready,
-            profile=lambda: self.profile,
+            profile=lambda: self.machine.profile,
+            arrival_rate=lambda: self.machine.rate.value,
+            pressure=lambda: self.budget.pressure,
         )
         # What does not change is written once.
         self.frontier_document = orjson.dumps(_describe_frontier(bundle, bundle.frontier.rows))
@@ -131,6 +139,21 @@ class Service:
         if sum(self.batcher.load.waiting) >= self.settings.max_queued_images:
             raise Overloaded("The queue is full", retry_after_s=1)
 
+    def note_arrival(self, images: int, patience_s: float) -> None:
+        """Count what is asked of the server, whether or not it can be done."""
+        self.machine.arrived(images, patience_s)
+        if self._ticker is None:
+            self._tick()
+
+    def _tick(self) -> None:
+        """The loops that need a clock get it while there is traffic: an idle server sleeps."""
+        self.budget.tick(self.clock(), self.batcher.load)
+        if self.intake.requests or self.machine.rate.value > _QUIET or self.budget.pressure:
+            self._ticker = asyncio.get_running_loop().call_later(Brownout.TICK, self._tick)
+        else:
+            self._ticker = None
+            self.machine.rate.rest()
+
     def note_budget(self, state: BudgetState, client: object, request_id: str) -> None:
         """The audit line of a change."""
         log.info(
@@ -148,8 +171,8 @@ class Service:
 
     def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int) -> None:
         self.metrics.batch_finished(stage, size, seconds, abandoned)
-        if self.profile is not None:
-            self.profile.observe(stage, size, seconds)
+        if self.machine.profile is not None:
+            self.machine.profile.observe(stage, size, seconds)
 
     def image_finished(self, result: ImageResult) -> None:
         self.metrics.image_finished(result)
@@ -171,7 +194,8 @@ class Service:
             seconds=self.settings.profile_seconds,
         )
         if profile is not None:
-            self.profile = LiveProfile(profile)
+            self.machine.profile = LiveProfile(profile)
+            self.scheduler.learn(self.machine.profile.seconds)
             seconds = profile.image_seconds(_batch_sizes(self.settings, self.engine))
             rows = with_ms(self.bundle.frontier.rows, [1000 * s for s in seconds])
             self.frontier_document = orjson.dumps(_describe_frontier(self.bundle, rows))
@@ -196,6 +220,8 @@ class Service:
     async def stop(self) -> None:
         """Close the engine. May be called twice, and without a start."""
         self.phase = Phase.STOPPED
+        if self._ticker is not None:
+            self._ticker.cancel()
         await self.decoder.close()
         await self.batcher.close()
         await self.budget.close()

@@ -1,7 +1,10 @@
 """The live budget: the operator's target, solved on the frontier, stored, and held while traffic changes.
 
-Owns the operating point. Everything here runs on the event loop, but for the store, which runs in a thread. There is
-no clock: the cost loop counts images, not seconds.
+Owns the operating point. Everything here runs on the event loop. There is no clock: the cost loop counts images, and
+the loops that need one get it with `tick`.
+
+What is in force is the cheaper of two: what the target asks for (as the cost loop has moved it), and the ceiling that
+an overload leaves.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 
+from server.control import Control, Machine
 from server.core import ImageResult, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
 from server.frontier import NEVER, Frontier, FrontierRow, Mixture
+from server.scheduler import Load
 from server.store import Policy, PolicyStore
 
 log = logging.getLogger(__name__)
@@ -27,6 +32,8 @@ log = logging.getLogger(__name__)
 Hold = Literal["cost", "quality"]
 Target = Mapping[str, Any]
 
+TARGETS = ("gmacs", "accuracy", "thresholds", "latency_ms")
+DEFAULT_QUANTILE = 0.99
 WINDOW = 10_000  # images that `observed` speaks of
 DEFAULT_SLACK = 0.005  # accuracy given up against the knee, where no operator has spoken yet
 
@@ -64,6 +71,9 @@ class Feasible:
 
     gmacs: tuple[float, float]
     accuracy: tuple[float, float]
+    latency_ms: tuple[float, float | None] | None
+    """At the present arrival rate and the target's quantile, by default p99. The second is None where the dearest row
+    cannot keep up; both are where the cheapest cannot, and where there is no latency profile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,8 @@ class BudgetState:
     predicted: Prediction
     observed: Observed
     feasible: Feasible
+    row: int | None  # the frontier's row in force, or the next below; None where calibration cannot tell
+    pressure: float  # share of the target's cost that an overload takes away: 0 none, towards 1 nearly all
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,21 +121,30 @@ class Solution:
     setting: Setting
     held_gmacs: float | None  # the mean cost that the cost loop holds; None: thresholds stay
     mix: bool = False  # a mixture that costs just what is wanted, not the row below it
+    latency: tuple[float, float] | None = None  # seconds and quantile that the latency loop holds
 
 
-def solve(frontier: Frontier, target: Target, hold: str = "cost", mix: bool = False) -> Solution:
-    """Look a target up. Raises InvalidRequest for what is no target, BudgetInfeasible for one out of reach."""
+def solve(
+    frontier: Frontier, target: Target, hold: str = "cost", mix: bool = False, machine: Machine | None = None
+) -> Solution:
+    """Look a target up. Raises InvalidRequest for what is no target, BudgetInfeasible for one out of reach.
+
+    A latency needs a `machine` that knows what batches take. Where it does not know yet, at the start, the best row
+    stands in until the latency loop knows better.
+    """
     if not isinstance(mix, bool):  # it comes as it was sent
         raise InvalidRequest("mix must be true or false", field="mix")
     if hold not in ("cost", "quality"):
         raise InvalidRequest(f'hold is "cost" or "quality", not {hold!r}')
-    if "latency_ms" in target:
-        raise InvalidRequest("latency budgets come with a later release; use gmacs, accuracy or thresholds")
-    if len(target) != 1 or not target.keys() <= {"gmacs", "accuracy", "thresholds"}:
-        raise InvalidRequest("exactly one target is needed: gmacs, accuracy or thresholds")
+    if len(target.keys() - {"quantile"}) != 1 or not target.keys() <= {*TARGETS, "quantile"}:
+        raise InvalidRequest(f"exactly one target is needed: {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+    if "quantile" in target and "latency_ms" not in target:
+        raise InvalidRequest("quantile belongs to latency_ms", field="quantile")
     if mix and "gmacs" not in target:
         raise InvalidRequest("mix is for gmacs targets only", field="mix")
-    kept = cast(Hold, hold)
+    if "latency_ms" in target:
+        return _solve_latency(frontier, target, machine)
+    kept, feasible = cast(Hold, hold), _feasible(frontier, machine)
     if "thresholds" in target:
         given = _thresholds(target["thresholds"], frontier.num_exits)
         predicted = frontier.predict(given)
@@ -134,7 +155,7 @@ def solve(frontier: Frontier, target: Target, hold: str = "cost", mix: bool = Fa
         gmacs = _number("gmacs", target["gmacs"])
         at_cost = _setting_at(frontier, gmacs, mix)
         if at_cost is None:
-            raise _infeasible(frontier, f"the cheapest operating point costs {frontier.rows[0].gmacs:g} GMAC per image")
+            raise _infeasible(feasible, f"the cheapest operating point costs {frontier.rows[0].gmacs:g} GMAC per image")
         # Held is what was asked for, not the row below it: the loop may use what lies between two rows, and a clamped
         # budget leaves room above the knee for traffic that is harder than the calibration set.
         held = gmacs if kept == "cost" else None
@@ -142,9 +163,35 @@ def solve(frontier: Frontier, target: Target, hold: str = "cost", mix: bool = Fa
     accuracy = _number("accuracy", target["accuracy"])
     row = frontier.by_accuracy(accuracy)
     if row is None:
-        raise _infeasible(frontier, f"the most accurate operating point reaches {frontier.knee.accuracy:g}")
+        raise _infeasible(feasible, f"the most accurate operating point reaches {frontier.knee.accuracy:g}")
     clamped = accuracy < frontier.rows[0].accuracy
     return Solution({"accuracy": accuracy}, kept, clamped, Setting.of(row), row.gmacs if kept == "cost" else None)
+
+
+def _solve_latency(frontier: Frontier, target: Target, machine: Machine | None) -> Solution:
+    latency_ms = _number("latency_ms", target["latency_ms"])
+    quantile = _number("quantile", target.get("quantile", DEFAULT_QUANTILE))
+    if latency_ms <= 0:
+        raise InvalidRequest("latency_ms must be above 0", field="latency_ms")
+    if not 0.5 <= quantile <= 0.999:
+        raise InvalidRequest("quantile must lie between 0.5 and 0.999", field="quantile")
+    if machine is None:
+        raise _no_profile()
+    chosen = frontier.knee
+    if machine.profile is not None:
+        row = machine.row_within(latency_ms / 1000, quantile)
+        if row is None:
+            feasible = _feasible(frontier, machine, quantile)
+            raise _infeasible(feasible, "the cheapest operating point is not that fast at the present arrival rate")
+        chosen = frontier.rows[row]
+    return Solution(
+        {"latency_ms": latency_ms, "quantile": quantile},
+        "cost",  # the latency loop says what an image may cost, and the cost loop holds it
+        False,
+        Setting.of(chosen),
+        chosen.gmacs,
+        latency=(latency_ms / 1000, quantile),
+    )
 
 
 def _setting_at(frontier: Frontier, gmacs: float, mix: bool) -> Setting | None:
@@ -217,6 +264,14 @@ class CostLoop:
         before, self.gmacs = self.gmacs, self._within(wanted) if self.row == aim else self._costs[self.row]
         return self.gmacs != before
 
+    def aim_at(self, gmacs: float) -> None:
+        """Another budget for the same traffic: what was learned of it, I, is kept."""
+        self._budget = gmacs
+        self.gmacs = self._within(self._wanted(0.0, self._integral))
+        self.row = self._row_at(self.gmacs)
+        self._filtered = None
+        self._sum, self._images = 0.0, 0
+
     def _within(self, gmacs: float) -> float:
         return max(self._costs[0], min(self._costs[-1], gmacs))
 
@@ -231,15 +286,21 @@ class BudgetController:
     """One owner of the operating point. `point` is replaced whole, so whoever reads it sees one budget, never two."""
 
     def __init__(
-        self, frontier: Frontier, store: PolicyStore, on_change: Callable[[OperatingPoint], None] | None = None
+        self,
+        frontier: Frontier,
+        store: PolicyStore,
+        on_change: Callable[[OperatingPoint], None] | None = None,
+        machine: Machine | None = None,
     ) -> None:
         """Takes up the stored target, solved anew on this frontier; without one, or with one that this frontier cannot
         serve, the default. Reads the store, and so blocks: make it before the loop is busy."""
         self._frontier = frontier
         self._store = store
+        self._control = Control(machine) if machine is not None else None
+        self._gmacs = [row.gmacs for row in frontier.rows]
+        self._aim = 0.0  # the mean cost that the cost loop was last told to hold
+        self._ceiling: int | None = None  # the dearest row that an overload leaves
         self._callbacks = [on_change] if on_change else []
-        self._swap = asyncio.Lock()
-        self._commits: set[asyncio.Task[None]] = set()
         self._syncing: asyncio.Task[None] | None = None
         self._synced = True
         version, solution = self._first()
@@ -256,16 +317,23 @@ class BudgetController:
     async def put(
         self, target: Target, hold: str = "cost", if_match: int | Literal["*"] | None = None, *, mix: bool = False
     ) -> BudgetState:
-        """Replace the budget: stored first, then swapped in at once. The state after the swap is returned.
+        """Replace the budget: stored first, then swapped in, in one step. The state after the swap is returned.
 
         Raises InvalidRequest, BudgetInfeasible, VersionMismatch or StoreUnavailable; then nothing has changed.
         """
-        solution = solve(self._frontier, target, hold, mix)
-        # A client that hangs up must not leave a stored budget that is not in force: the commit outlives its request.
-        commit = asyncio.create_task(self._commit(solution, if_match))
-        self._commits.add(commit)
-        commit.add_done_callback(self._commit_done)
-        await asyncio.shield(commit)
+        solution = solve(self._frontier, target, hold, mix, self._machine)
+        if solution.latency is not None and self._machine is not None and self._machine.profile is None:
+            raise _no_profile()
+        version = self._point.version
+        if if_match not in (None, "*", version):
+            raise VersionMismatch(f"the budget is at version {version}, not {if_match}", version=version)
+        # Here and not in a thread: it takes a third of a millisecond, and a thread may wait long for busy cores.
+        self._store.save(Policy(version + 1, solution.target, solution.hold, solution.mix))
+        self._adopt(version + 1, solution)
+        self._tell()
+        self._synced = False
+        if self._syncing is None:
+            self._syncing = asyncio.create_task(self._sync())
         return self.state()
 
     def observe(self, result: ImageResult, total_s: float, steered: bool) -> None:
@@ -274,17 +342,28 @@ class BudgetController:
         Steered images, and degraded ones, say nothing of the thresholds in force: the cost loop does not see them.
         """
         self._window.add(result.exit, total_s)
-        if self._loop is None or steered or result.degraded:
+        if self._control is not None:
+            self._control.answered(total_s, result.queue_s + result.compute_s)
+        # Under a ceiling the loop's row is not in force: what comes says nothing of it.
+        if self._loop is None or self._ceiling is not None or steered or result.degraded:
             return
         if self._loop.observe(self._frontier.stage_gmacs[result.exit - 1]):
-            setting = _setting_at(self._frontier, self._loop.gmacs, self._solution.mix)
-            assert setting is not None, "the loop stays on the frontier"
-            if setting != self._setting:
-                self._put_in_force(self._point.version, setting)
-                self._tell()
+            self._apply()
+
+    def tick(self, now: float, load: Load) -> None:
+        """Let the loops that need a clock look at the queues. Every `Brownout.TICK` seconds while there is traffic."""
+        if self._control is None:
+            return
+        row, self._ceiling = self._control.tick(now, load, self._row_of(self._wanted()))
+        if row is not None and self._loop is not None:
+            gmacs = self._gmacs[row]
+            if abs(gmacs - self._aim) > CostLoop.DEAD_BAND * self._aim:
+                self._aim = gmacs
+                self._loop.aim_at(gmacs)
+        self._apply()
 
     def state(self) -> BudgetState:
-        solution, rows = self._solution, self._frontier.rows
+        solution = self._solution
         return BudgetState(
             version=self._point.version,
             target=dict(solution.target),
@@ -294,8 +373,42 @@ class BudgetController:
             mix=self._point.mix,
             predicted=self._setting.predicted,
             observed=self._window.observed(),
-            feasible=_feasible(rows[0], rows[-1]),
+            feasible=_feasible(self._frontier, self._machine, (solution.latency or (0, DEFAULT_QUANTILE))[1]),
+            row=None if self._setting.predicted.gmacs is None else self._row_of(self._setting),
+            pressure=self.pressure,
         )
+
+    @property
+    def _machine(self) -> Machine | None:
+        return None if self._control is None else self._control.machine
+
+    def _wanted(self) -> Setting:
+        """What the target asks for, were there no ceiling."""
+        if self._loop is None:
+            return self._solution.setting
+        setting = _setting_at(self._frontier, self._loop.gmacs, self._solution.mix)
+        assert setting is not None, "the loop stays on the frontier"
+        return setting
+
+    def _row_of(self, setting: Setting) -> int:
+        """The dearest row that costs no more; the last where nobody knows the cost."""
+        gmacs = setting.predicted.gmacs
+        return len(self._gmacs) - 1 if gmacs is None else max(0, bisect_right(self._gmacs, gmacs) - 1)
+
+    def _apply(self) -> None:
+        wanted = self._wanted()
+        setting = wanted if self._ceiling is None else Setting.of(self._frontier.rows[self._ceiling])
+        if setting != self._setting:
+            self._put_in_force(self._point.version, setting)
+            self._tell()
+
+    @property
+    def pressure(self) -> float:
+        """Share of the wanted cost that an overload takes away, 0 to 1."""
+        wanted = self._wanted().predicted.gmacs
+        if self._ceiling is None or wanted is None:
+            return 0.0
+        return round(max(0.0, 1 - self._gmacs[self._ceiling] / wanted), 6)
 
     def _first(self) -> tuple[int, Solution]:
         try:
@@ -306,24 +419,11 @@ class BudgetController:
         if policy is None:
             return 1, default_solution(self._frontier)
         try:
-            return policy.version, solve(self._frontier, policy.target, policy.hold, policy.mix)
+            return policy.version, solve(self._frontier, policy.target, policy.hold, policy.mix, self._machine)
         except (BudgetInfeasible, InvalidRequest) as error:
             log.warning("the stored budget %s does not fit this bundle, the default is used: %s", policy, error.detail)
             # Another target, so another version: an ETag names one budget only.
             return policy.version + 1, default_solution(self._frontier)
-
-    async def _commit(self, solution: Solution, if_match: int | Literal["*"] | None) -> None:
-        async with self._swap:
-            version = self._point.version
-            if if_match not in (None, "*", version):
-                raise VersionMismatch(f"the budget is at version {version}, not {if_match}", version=version)
-            policy = Policy(version + 1, solution.target, solution.hold, solution.mix)
-            await asyncio.to_thread(self._store.save, policy)
-            self._adopt(policy.version, solution)
-        self._tell()
-        self._synced = False
-        if self._syncing is None:
-            self._syncing = asyncio.create_task(self._sync())
 
     async def _sync(self) -> None:
         """Behind the answer: a disk takes several milliseconds to say that it has something."""
@@ -341,11 +441,6 @@ class BudgetController:
         if self._syncing is not None:
             await self._syncing
 
-    def _commit_done(self, commit: asyncio.Task[None]) -> None:
-        self._commits.discard(commit)
-        if not commit.cancelled():
-            commit.exception()  # put() raises it; where put() was cancelled nobody else would look at it
-
     def _adopt(self, version: int, solution: Solution) -> None:
         self._solution = solution
         self._put_in_force(version, solution.setting)
@@ -353,6 +448,11 @@ class BudgetController:
         self._loop: CostLoop | None = None
         if solution.held_gmacs is not None:
             self._loop = CostLoop(self._frontier, solution.held_gmacs)
+            self._aim = solution.held_gmacs
+        if self._control is not None:
+            self._control.aim_at(*(solution.latency or (None,)))
+        if self._ceiling is not None:  # an overload does not end with a new target
+            self._apply()
 
     def _put_in_force(self, version: int, setting: Setting) -> None:
         self._setting = setting
@@ -414,10 +514,19 @@ def _thresholds(value: object, exits: int) -> list[float]:
     return numbers
 
 
-def _feasible(cheapest: FrontierRow, knee: FrontierRow) -> Feasible:
-    return Feasible((cheapest.gmacs, knee.gmacs), (cheapest.accuracy, knee.accuracy))
+def _feasible(frontier: Frontier, machine: Machine | None, quantile: float = DEFAULT_QUANTILE) -> Feasible:
+    cheapest, knee = frontier.rows[0], frontier.knee
+    latency_ms = None
+    if machine is not None and machine.profile is not None:
+        low, high = (1000 * latency for latency in machine.latency_range(quantile))
+        if math.isfinite(low):
+            latency_ms = (round(low, 3), round(high, 3) if math.isfinite(high) else None)
+    return Feasible((cheapest.gmacs, knee.gmacs), (cheapest.accuracy, knee.accuracy), latency_ms)
 
 
-def _infeasible(frontier: Frontier, detail: str) -> BudgetInfeasible:
-    ends = _feasible(frontier.rows[0], frontier.knee)
-    return BudgetInfeasible(detail, feasible={"gmacs": list(ends.gmacs), "accuracy": list(ends.accuracy)})
+def _no_profile() -> InvalidRequest:
+    return InvalidRequest("a latency budget needs a latency profile, and none was measured; see: dvt profile")
+
+
+def _infeasible(feasible: Feasible, detail: str) -> BudgetInfeasible:
+    return BudgetInfeasible(detail, feasible=asdict(feasible))

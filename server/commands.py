@@ -200,13 +200,21 @@ def classify(
 def budget(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="TARGET", help="gmacs=N, accuracy=N or thresholds=N,N; without one, show the budget."),
+        typer.Argument(
+            metavar="TARGET", help="gmacs=N, accuracy=N, latency_ms=N or thresholds=N,N; without one, show the budget."
+        ),
     ] = None,
     hold: Annotated[
         str | None,
         typer.Option(
             metavar="cost|quality",
             help="cost: thresholds follow the traffic so that the cost stays. quality: they stay.",
+        ),
+    ] = None,
+    quantile: Annotated[
+        float | None,
+        typer.Option(
+            min=0.5, max=0.999, help="Of latency_ms=N: the share of answers that are to be that fast.  [default: 0.99]"
         ),
     ] = None,
     mix: Annotated[
@@ -223,6 +231,7 @@ def budget(
       dvt budget gmacs=0.03
       dvt budget gmacs=0.05 --mix
       dvt budget accuracy=0.74 --hold quality
+      dvt budget latency_ms=25 --quantile 0.99
       dvt budget thresholds=0.9,0.7
 
     Where the server asks for a token, DVT_CONTROL_TOKEN gives it.
@@ -234,6 +243,10 @@ def budget(
         if hold not in ("cost", "quality"):
             raise click.UsageError(f"--hold is cost or quality, not {hold}")
         body["hold"] = hold
+    if quantile is not None:
+        if body is None or "latency_ms" not in body:
+            raise click.UsageError("--quantile goes with latency_ms=N")
+        body["quantile"] = quantile
     if mix:
         if body is None or "gmacs" not in body:
             raise click.UsageError("--mix goes with gmacs=N")
@@ -249,8 +262,9 @@ def budget(
 def parse_target(text: str) -> dict[str, Any]:
     """`gmacs=0.03` as the body of PUT /budget. Raises click.UsageError."""
     name, equals, value = text.partition("=")
-    if not equals or name not in ("gmacs", "accuracy", "thresholds"):
-        raise click.UsageError(f"{text} is no target; give gmacs=0.03, accuracy=0.74 or thresholds=0.9,0.7")
+    if not equals or name not in ("gmacs", "accuracy", "thresholds", "latency_ms"):
+        shown = "gmacs=0.03, accuracy=0.74, latency_ms=25 or thresholds=0.9,0.7"
+        raise click.UsageError(f"{text} is no target; give {shown}")
     try:
         numbers = [float(number) for number in value.split(",")]
     except ValueError:
@@ -301,7 +315,14 @@ def _describe_budget(state: dict[str, Any]) -> str:
     else:
         lines.append("observed    no images under this budget yet")
     gmacs, accuracy = feasible["gmacs"], feasible["accuracy"]
-    lines.append(f"feasible    gmacs {gmacs[0]:.4g} to {gmacs[1]:.4g}, accuracy {accuracy[0]:.4f} to {accuracy[1]:.4f}")
+    spans = [f"gmacs {gmacs[0]:.4g} to {gmacs[1]:.4g}", f"accuracy {accuracy[0]:.4f} to {accuracy[1]:.4f}"]
+    if (latency := feasible["latency_ms"]) is not None:
+        spans.append(f"latency from {latency[0]:.1f} ms" + (f" to {latency[1]:.1f} ms" if latency[1] else ""))
+    lines.append(f"feasible    {', '.join(spans)}")
+    if state["pressure"]:
+        lines.append(
+            f"pressure    {state['pressure']:.0%} of the target's cost is given up, as the server is overloaded"
+        )
     return "\n".join(lines)
 
 

@@ -52,10 +52,14 @@ class Rate:
     def add(self, events: int) -> None:
         self._count += events
 
+    def rest(self) -> None:
+        """Nothing will be ticked for a while: begin anew after it."""
+        self._since, self._count, self.value = None, 0, 0.0
+
     def tick(self, now: float) -> float:
         """Take in what came since the last tick."""
         if self._since is None:
-            self._since, self._count = now, 0
+            self._since = now
             return self.value
         passed = now - self._since
         if passed > 0:

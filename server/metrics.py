@@ -184,6 +184,8 @@ class Metrics:
         point: Callable[[], OperatingPoint],
         ready: Callable[[], bool],
         profile: Callable[[], LiveProfile | None],
+        arrival_rate: Callable[[], float],
+        pressure: Callable[[], float],
     ) -> None:
         """Say where the live figures are to be read. Called once, when the parts have been built."""
         self._live.sources = {
@@ -194,6 +196,8 @@ class Metrics:
             "point": point,
             "ready": ready,
             "profile": profile,
+            "arrival_rate": arrival_rate,
+            "pressure": pressure,
         }
 
     def render(self) -> bytes:
@@ -247,6 +251,8 @@ class _Live(Collector):
 
         for name, help_, value in (
             ("dvt_budget_version", "Version of the operating point in force.", point.version if point else None),
+            ("dvt_arrival_rate", "Images that are asked for in a second, refused or not.", now.get("arrival_rate")),
+            ("dvt_pressure", "Share of the target's cost that an overload takes away.", now.get("pressure")),
             ("dvt_slots_in_use", "Images whose reuse state is kept between stages.", now.get("slots_in_use")),
             ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),
             ("dvt_held_bytes", "Bytes of request bodies in memory.", now.get("held_bytes")),

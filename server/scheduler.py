@@ -282,6 +282,10 @@ class Scheduler:
         self._requests: _Ordered[Request] = _Ordered()  # all that are not settled, by deadline
         self._orders = count()
 
+    def learn(self, seconds: Seconds) -> None:
+        """What a batch costs is known from now on."""
+        self._seconds = seconds
+
     # -- what the caller may ask
 
     @property

@@ -94,14 +94,22 @@ class Observed(_Model):
 class Feasible(_Model):
     gmacs: list[float] = Field(min_length=2, max_length=2)
     accuracy: list[float] = Field(min_length=2, max_length=2)
+    latency_ms: list[float | None] | None = Field(
+        min_length=2,
+        max_length=2,
+        description="At the present arrival rate and the target's quantile (by default 0.99). The second is null where "
+        "the dearest operating point cannot keep up; the whole is where the cheapest cannot, and without a profile.",
+    )
 
 
 class Target(_Model):
-    """Exactly one of these."""
+    """Exactly one of these, and `quantile` with `latency_ms` only."""
 
     gmacs: float = Field(0, description="Mean cost per image, billions of multiply-accumulates.")
     accuracy: float = Field(0, description="Accuracy on the calibration images, 0 to 1.")
     thresholds: list[float] = Field([], description="One per exit but the last, or one per exit with 0 as the last.")
+    latency_ms: float = Field(0, description="From the last byte of a request's body to its answer.")
+    quantile: float = Field(0.99, ge=0.5, le=0.999, description="The share of answers that are to be that fast.")
 
 
 class BudgetRequest(Target):
@@ -132,6 +140,10 @@ class Budget(_Model):
     predicted: Predicted = Field(description="What calibration says of the thresholds in force.")
     observed: Observed
     feasible: Feasible
+    row: int | None = Field(description="Of `GET /frontier`, from 0: in force, or the next cheaper one.")
+    pressure: float = Field(
+        ge=0, le=1, description="Share of the target's cost that is given up because the server is overloaded."
+    )
 
 
 class FrontierRow(_Model):

@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     )
     state_dir: Path | None = Field(
         default_factory=default_state_dir,
-        description="Folder where the budget is kept across restarts; empty keeps it in memory only.",
+        description="Folder, on a local disk, where the budget is kept across restarts; empty: in memory only.",
     )
 
     # How much it takes in

@@ -28,7 +28,8 @@ class Policy:
 
 
 class PolicyStore(Protocol):
-    """Blocking; called from one thread at a time."""
+    """`load` and `save` are called on the event loop and must be quick; `sync` is called in a thread and may block, one
+    at a time."""
 
     def load(self) -> Policy | None:
         """The policy last saved, None where there is none yet. Raises StoreUnavailable where it cannot be read."""

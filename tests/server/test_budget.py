@@ -16,9 +16,12 @@ import pytest
 from numpy.typing import NDArray
 
 from server.budget import DEFAULT_SLACK, WINDOW, BudgetController, CostLoop, solve
+from server.control import Machine
 from server.core import ImageResult, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
 from server.frontier import Frontier, sweep, upper_hull
+from server.profile import LatencyProfile, LiveProfile
+from server.scheduler import Load
 from server.store import FileStore, MemoryStore, Policy
 
 GMACS = (0.47, 1.1, 2.31)
@@ -63,20 +66,6 @@ class BrokenStore(MemoryStore):
         raise StoreUnavailable(f"budget {policy.version} could not be stored: no space left on device")
 
 
-class GatedStore(MemoryStore):
-    """A disk that takes its time: save waits for the gate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.began = threading.Semaphore(0)
-        self.gate = threading.Event()
-
-    def save(self, policy: Policy) -> None:
-        self.began.release()
-        assert self.gate.wait(10)
-        super().save(policy)
-
-
 async def test_a_budget_in_gmacs_takes_the_best_row_within_it(frontier: Frontier) -> None:
     budget = BudgetController(frontier, MemoryStore())
     row = frontier.by_gmacs(1.0)
@@ -99,7 +88,10 @@ async def test_a_budget_in_gmacs_takes_the_best_row_within_it(frontier: Frontier
         "feasible": {
             "gmacs": (GMACS[0], frontier.knee.gmacs),
             "accuracy": (frontier.rows[0].accuracy, frontier.knee.accuracy),
+            "latency_ms": None,
         },
+        "row": frontier.rows.index(row),
+        "pressure": 0.0,
     }
     assert row.gmacs <= 1.0
     assert budget.point == OperatingPoint(2, row.thresholds)
@@ -144,8 +136,9 @@ async def test_what_cannot_be_reached_is_refused_with_the_feasible_range(
     with pytest.raises(BudgetInfeasible) as caught:
         await budget.put(target)
     assert caught.value.extra["feasible"] == {
-        "gmacs": [GMACS[0], frontier.knee.gmacs],
-        "accuracy": [frontier.rows[0].accuracy, frontier.knee.accuracy],
+        "gmacs": (GMACS[0], frontier.knee.gmacs),
+        "accuracy": (frontier.rows[0].accuracy, frontier.knee.accuracy),
+        "latency_ms": None,
     }
     assert budget.state() == before
 
@@ -156,7 +149,10 @@ async def test_what_cannot_be_reached_is_refused_with_the_feasible_range(
         ({}, "exactly one target"),
         ({"gmacs": 1.0, "accuracy": 0.7}, "exactly one target"),
         ({"watts": 3}, "exactly one target"),
-        ({"latency_ms": 25, "quantile": 0.99}, "latency budgets come with a later release"),
+        ({"latency_ms": 25, "quantile": 0.99}, "needs a latency profile"),
+        ({"latency_ms": 0}, "latency_ms must be above 0"),
+        ({"latency_ms": 25, "quantile": 1}, "between 0.5 and 0.999"),
+        ({"gmacs": 1.0, "quantile": 0.9}, "quantile belongs to latency_ms"),
         ({"gmacs": "1"}, "gmacs must be a number"),
         ({"gmacs": True}, "gmacs must be a number"),
         ({"gmacs": None}, "gmacs must be a number"),
@@ -211,18 +207,16 @@ async def test_of_two_writers_with_the_same_version_one_wins(frontier: Frontier)
     assert budget.point.version == 2
 
 
-async def test_a_swap_is_told_once_it_is_stored_and_only_then(frontier: Frontier) -> None:
-    store = GatedStore()
-    told: list[OperatingPoint] = []
-    budget = BudgetController(frontier, store, told.append)
+async def test_a_swap_is_told_once_it_is_stored(frontier: Frontier) -> None:
+    store = MemoryStore()
+    told: list[tuple[OperatingPoint, Policy | None]] = []
+    budget = BudgetController(frontier, store, lambda point: told.append((point, store.load())))
     also: list[OperatingPoint] = []
     budget.on_change(also.append)
-    put = asyncio.create_task(budget.put({"gmacs": 1.0}))
-    await asyncio.to_thread(store.began.acquire)
-    assert (budget.point.version, told) == (1, []), "in force before it was durable"
-    store.gate.set()
-    state = await put
-    assert told == also == [OperatingPoint(2, state.thresholds)]
+    state = await budget.put({"gmacs": 1.0})
+    point = OperatingPoint(2, state.thresholds)
+    assert told == [(point, Policy(2, {"gmacs": 1.0}, "cost"))]
+    assert also == [point]
 
 
 async def test_a_store_that_fails_changes_nothing(frontier: Frontier) -> None:
@@ -233,21 +227,6 @@ async def test_a_store_that_fails_changes_nothing(frontier: Frontier) -> None:
         await budget.put({"gmacs": 1.0})
     assert budget.state() == before
     assert told == []
-
-
-async def test_a_client_that_hangs_up_does_not_split_the_stored_budget_from_the_live_one(frontier: Frontier) -> None:
-    store = GatedStore()
-    swapped = asyncio.Event()
-    budget = BudgetController(frontier, store, lambda _: swapped.set())
-    put = asyncio.create_task(budget.put({"gmacs": 1.0}))
-    await asyncio.to_thread(store.began.acquire)
-    put.cancel()
-    store.gate.set()
-    with pytest.raises(asyncio.CancelledError):
-        await put
-    await swapped.wait()
-    assert store.load() == Policy(2, {"gmacs": 1.0}, "cost")
-    assert budget.state().target == {"gmacs": 1.0}
 
 
 async def test_it_survives_a_restart(frontier: Frontier, tmp_path: Path) -> None:
@@ -562,3 +541,107 @@ def test_the_loop_does_not_wind_up_while_it_is_stuck_at_an_end(frontier: Frontie
 def test_a_clamped_budget_rests_at_the_knee(frontier: Frontier) -> None:
     loop = loop_at(frontier, 50.0)
     assert not any(loop.observe(GMACS[2]) for _ in range(50 * CostLoop.BLOCK))
+
+
+# -- latency targets and overload, with what batches take as stated
+
+
+RATE = 100.0  # images a second
+EXECUTORS = 2
+
+
+class Loaded:
+    """A budget on a machine with a profile, and its clock."""
+
+    def __init__(self, frontier: Frontier, store: MemoryStore | None = None) -> None:
+        self.machine = Machine(frontier.rows, (8, 8, 8), EXECUTORS)
+        self.budget = BudgetController(frontier, store or MemoryStore(), machine=self.machine)
+        self.machine.profile = LiveProfile(LatencyProfile.lines((0.001, 0.001, 0.001), (0.002, 0.004, 0.008)))
+        self.now = 0.0
+        self.tick(seconds=0.0)
+
+    def tick(self, seconds: float = 5.0, rate: float = RATE, waiting: int = 0, patience: float = 1.0) -> None:
+        for _ in range(max(1, round(seconds / 0.05))):
+            self.now += 0.05
+            self.machine.arrived(round(rate * 0.05), patience)
+            self.budget.tick(self.now, Load((waiting, 0, 0), (0, 0, 0), 0, 64))
+
+
+async def test_a_latency_is_what_the_arrival_rate_leaves(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.tick()
+    gmacs = []
+    for latency_ms in (24, 30, 60, 1000):
+        state = await loaded.budget.put({"latency_ms": latency_ms, "quantile": 0.99})
+        assert state.target == {"latency_ms": latency_ms, "quantile": 0.99}
+        assert state.predicted.gmacs is not None
+        gmacs.append(state.predicted.gmacs)
+    assert gmacs == sorted(gmacs)
+    assert gmacs[0] < gmacs[-1] == frontier.knee.gmacs
+    await loaded.budget.put({"latency_ms": 60})
+    before = loaded.budget.state().row
+    loaded.tick(rate=400)
+    after = loaded.budget.state()
+    assert after.row is not None
+    assert before is not None
+    assert after.row < before, "the same latency at four times the rate"
+    assert after.version == 6, "the target is the same"
+
+
+async def test_a_latency_out_of_reach_is_refused_with_what_is_feasible(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.tick()
+    with pytest.raises(BudgetInfeasible) as caught:
+        await loaded.budget.put({"latency_ms": 17})  # alone an image takes 3 + 14 ms
+    low, high = caught.value.extra["feasible"]["latency_ms"]
+    assert 17 < low < high
+    assert (await loaded.budget.put({"latency_ms": low + 0.01})).row == 0
+    assert (await loaded.budget.put({"latency_ms": high + 0.01})).predicted.gmacs == frontier.knee.gmacs
+
+
+async def test_where_not_even_the_cheapest_row_keeps_up_no_latency_is_feasible(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.tick(rate=5000)
+    with pytest.raises(BudgetInfeasible) as caught:
+        await loaded.budget.put({"latency_ms": 100})
+    assert caught.value.extra["feasible"]["latency_ms"] is None
+
+
+async def test_a_latency_target_survives_a_restart_before_the_profile_is_known(frontier: Frontier) -> None:
+    store = MemoryStore()
+    loaded = Loaded(frontier, store)
+    loaded.tick()
+    await loaded.budget.put({"latency_ms": 30, "quantile": 0.9})
+    again = Loaded(frontier, store)
+    assert again.budget.state().target == {"latency_ms": 30, "quantile": 0.9}
+    again.tick(rate=300)
+    loaded.tick(rate=300)
+    assert again.budget.state().row == loaded.budget.state().row
+
+
+@pytest.mark.parametrize("target", [{"gmacs": 1.5}, {"accuracy": 0.8}, {"thresholds": [0.9, 0.9]}])
+async def test_an_overload_costs_accuracy_until_it_is_over(frontier: Frontier, target: dict[str, Any]) -> None:
+    loaded = Loaded(frontier)
+    before = await loaded.budget.put(target, "quality")
+    loaded.tick(rate=600, waiting=0)
+    assert loaded.budget.state().pressure == 0, "busy is not overloaded"
+    loaded.tick(seconds=0.1, rate=600, waiting=300)
+    during = loaded.budget.state()
+    assert 0 < during.pressure < 1
+    assert during.predicted.gmacs < before.predicted.gmacs
+    assert during.version == before.version
+    loaded.tick(seconds=10, rate=50)
+    after = loaded.budget.state()
+    assert (after.pressure, after.thresholds) == (0, before.thresholds)
+
+
+async def test_the_cost_loop_learns_nothing_under_a_ceiling(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    await loaded.budget.put({"gmacs": 1.5})
+    before = loaded.budget.state().thresholds
+    loaded.tick(seconds=0.1, rate=600, waiting=300)
+    assert loaded.budget.pressure > 0
+    for _ in range(20 * CostLoop.BLOCK):
+        loaded.budget.observe(result(1), 0.01, steered=False)
+    loaded.tick(seconds=10, rate=50)
+    assert loaded.budget.state().thresholds == before

@@ -99,8 +99,10 @@ def test_targets_are_read_as_they_are_written() -> None:
     assert parse_target("gmacs=0.03") == {"gmacs": 0.03}
     assert parse_target("accuracy=0.74") == {"accuracy": 0.74}
     assert parse_target("thresholds=0.9,0.7") == {"thresholds": [0.9, 0.7]}
-    with pytest.raises(click.UsageError):
-        parse_target("latency_ms=25")
+    assert parse_target("latency_ms=25") == {"latency_ms": 25}
+    for wrong in ("watts=3", "gmacs", "gmacs=x", "latency_ms=1,2"):
+        with pytest.raises(click.UsageError):
+            parse_target(wrong)
 
 
 async def test_classify_and_budget_ask_a_running_server(

@@ -383,9 +383,9 @@ class TestBudget:
         problem_of(response, 422, "invalid_request")
         assert (await served.http.get("/budget")).json() == before
 
-    async def test_latency_is_refused_clearly(self, served: Any) -> None:
+    async def test_a_latency_is_refused_where_nobody_knows_what_batches_take(self, served: Any) -> None:
         response = await served.http.put("/budget", json={"latency_ms": 25, "quantile": 0.99})
-        assert "later release" in problem_of(response, 422, "invalid_request")["detail"]
+        assert "latency profile" in problem_of(response, 422, "invalid_request")["detail"]
 
     async def test_a_mixed_budget_judges_every_request_by_one_of_two_sets_by_its_id(
         self, served: Any, photo: Photo

@@ -64,8 +64,12 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
         point=lambda: OperatingPoint(4, (0.9, 0.7, 0.0)),
         ready=lambda: True,
         profile=lambda: LiveProfile(LatencyProfile.lines([0.001, 0.0, 0.0], [0.002, 0.003, 0.004])),
+        arrival_rate=lambda: 12.5,
+        pressure=lambda: 0.25,
     )
     slots = 3
+    assert value(metrics, "dvt_arrival_rate") == 12.5
+    assert value(metrics, "dvt_pressure") == 0.25
     assert value(metrics, "dvt_slots_in_use") == 3
     assert value(metrics, "dvt_queue_depth", stage="3") == 2
     assert value(metrics, "dvt_threshold", exit="2") == 0.7
