@@ -1,16 +1,11 @@
-"""Work that a stage may leave out without changing an answer. Done on the exported copy, never on the trained model.
+"""Work that the last stage may leave out without changing an answer. Done on the exported copy, never on the trained
+model; what it is worth, and what was tried and is worth nothing, is measured in `benchmarks/savings.py`.
 
-Each takes a stage apart and is applied in `save`; what it is worth is measured in `benchmarks/savings.py`.
-
-1. **Class row.** Nobody reads the last stage's tokens but the class token. So its last block needs keys and values of
-   all tokens, but the query, the projection and the MLP of one; and no reused features, which are zero there.
-2. **Fused features.** The f_l of all layers normalise the same features, each with its own affine map in front of its
-   own first linear layer. The maps go into the weights, and one product serves all layers.
+Nobody reads the last stage's tokens but the class token. So its last block needs keys and values of all tokens, but the
+query, the projection and the MLP of one; and no reused features, which are zero there.
 """
 
 from __future__ import annotations
-
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +13,20 @@ from torch import Tensor, nn
 
 from model.dvt import Stage
 from model.layers import Attend, Block
-from model.reuse import FeatureReuse, LayerFeatures, RelationReuse
-
-Saving = Literal["class-row", "fused-features"]
-ALL: frozenset[Saving] = frozenset(get_args(Saving))
+from model.reuse import RelationReuse
 
 # Rows that stand for the class token's one: engines multiply a single row by another routine than several rows, and
 # a batch of one image would differ from others in the last bit.
 ROWS = 2
 
 
-def save(stage: Stage, attend: Attend, savings: frozenset[Saving] = ALL) -> None:
-    """Rebuild `stage` in place. `attend` is the target's attention operator."""
-    last = not stage.hands_on
-    if "class-row" in savings and last:
-        block = stage.blocks[-1]
-        assert isinstance(block, Block)
-        stage.blocks[-1] = ClassRowBlock(block, attend)
-        if stage.relation_reuse is not None:
-            stage.relation_reuse = ClassRowRelations(stage.relation_reuse, len(stage.blocks))  # type: ignore[assignment]
-    if "fused-features" in savings and stage.feature_reuse is not None:
-        needed = len(stage.blocks) - (last and "class-row" in savings)
-        stage.feature_reuse = FusedFeatures(stage.feature_reuse, needed)  # type: ignore[assignment]
+def keep_class_row(stage: Stage, attend: Attend) -> None:
+    """Rebuild the last stage in place. `attend` is the target's attention operator."""
+    block = stage.blocks[-1]
+    assert isinstance(block, Block)
+    stage.blocks[-1] = ClassRowBlock(block, attend)
+    if stage.relation_reuse is not None:
+        stage.relation_reuse = ClassRowRelations(stage.relation_reuse, len(stage.blocks))  # type: ignore[assignment]
 
 
 class ClassRowBlock(nn.Module):
@@ -88,34 +75,6 @@ class ClassRowRelations(nn.Module):
             return self.reuse.layer(mixed, layer)
         own = mixed[:, layer * self.reuse.num_heads :]
         return (self.reuse.upsample[:ROWS] @ own) @ self.reuse.upsample.T
-
-
-class FusedFeatures(nn.Module):
-    """`FeatureReuse` with one product for the first linear layers of all its layers, or of the first `layers`."""
-
-    upsample: Tensor
-
-    def __init__(self, reuse: FeatureReuse, layers: int) -> None:
-        super().__init__()
-        parts = [layer for layer in reuse if isinstance(layer, LayerFeatures)][:layers]
-        first = parts[0]
-        self.eps = first.norm.eps
-        self.depth = len(reuse)
-        self.hidden = first.mlp.fc1.out_features
-        self.fc1 = nn.Linear(first.mlp.fc1.in_features, self.hidden * layers)
-        with torch.no_grad():
-            self.fc1.weight.copy_(torch.cat([p.mlp.fc1.weight * p.norm.weight for p in parts]))
-            self.fc1.bias.copy_(torch.cat([p.mlp.fc1.weight @ p.norm.bias + p.mlp.fc1.bias for p in parts]))
-        self.act = first.mlp.act
-        self.fc2 = nn.ModuleList(p.mlp.fc2 for p in parts)
-        self.register_buffer("upsample", first.upsample, persistent=False)
-
-    def forward(self, features: Tensor) -> list[Tensor | None]:
-        """(B, n, D) -> (B, N+1, C) for each layer, None for those left out."""
-        z = F.layer_norm(features, features.shape[-1:], eps=self.eps)
-        hidden = self.act(self.fc1(z)).split(self.hidden, dim=-1)
-        used = [self.upsample @ fc2(part) for fc2, part in zip(self.fc2, hidden, strict=True)]
-        return [*used, *[None] * (self.depth - len(used))]
 
 
 def _rows(linear: nn.Linear, rows: slice) -> nn.Linear:

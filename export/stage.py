@@ -17,7 +17,7 @@ import torch
 import torch.onnx.ops
 from torch import Tensor, nn
 
-from export.savings import ALL, Saving, save
+from export.savings import keep_class_row
 from model.config import DVTConfig
 from model.dvt import DVT, Stage
 from model.layers import Attention
@@ -67,7 +67,7 @@ class StageGraph(nn.Module):
         self,
         model: DVT,
         number: int,
-        savings: frozenset[Saving] = ALL,
+        saving: bool = True,
         criterion: Criterion = "max_probability",
     ) -> None:
         super().__init__()
@@ -83,8 +83,9 @@ class StageGraph(nn.Module):
         for module in self.stage.modules():
             if isinstance(module, Attention):
                 module.attend = onnx_attention
-        if model.config.feature_design == "final":  # an ablation is exported as it is
-            save(self.stage, onnx_attention, savings)
+        # An ablation is exported as it is.
+        if saving and not self.stage.hands_on and model.config.feature_design == "final":
+            keep_class_row(self.stage, onnx_attention)
         std = torch.tensor(model.config.std).view(1, 3, 1, 1) * 255
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -torch.tensor(model.config.mean).view(1, 3, 1, 1) * 255 / std)

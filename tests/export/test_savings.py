@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from export.savings import ALL
 from export.stage import StageGraph
 from model.config import variant
 from model.dvt import DVT
@@ -24,12 +23,11 @@ def lively(**changes: object) -> DVT:
 
 
 @pytest.mark.parametrize(("features", "relations"), [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("savings", [{"class-row"}, {"fused-features"}, ALL], ids=lambda s: "+".join(sorted(s)))
-def test_a_stage_answers_the_same_with_less_work(savings: set[str], features: bool, relations: bool):
+def test_a_stage_answers_the_same_with_less_work(features: bool, relations: bool):
     model = lively(feature_reuse=features, relation_reuse=relations)
     before = after = ()
     for number in (1, 2, 3):
-        plain, saving = StageGraph(model, number, frozenset()), StageGraph(model, number, frozenset(savings))
+        plain, saving = StageGraph(model, number, saving=False), StageGraph(model, number)
         image = plain.example(batch=3)[0]
         with torch.inference_mode():
             before, after = (
@@ -44,8 +42,8 @@ def test_a_stage_answers_the_same_with_less_work(savings: set[str], features: bo
 def test_the_last_stage_does_less():
     model = lively()
     counts = []
-    for savings in (frozenset(), ALL):
-        graph = StageGraph(model, 3, savings)
+    for saving in (False, True):
+        graph = StageGraph(model, 3, saving)
         rows = []
         block = graph.stage.blocks[-1]
         block.mlp.fc1.register_forward_hook(lambda _, inputs, __, rows=rows: rows.append(inputs[0].shape[1]))
@@ -57,8 +55,8 @@ def test_the_last_stage_does_less():
 
 def test_a_stage_that_hands_on_keeps_all_its_rows():
     model = lively()
-    for number, savings in itertools.product((1, 2), (frozenset(), ALL)):
-        graph = StageGraph(model, number, savings)
+    for number, saving in itertools.product((1, 2), (False, True)):
+        graph = StageGraph(model, number, saving)
         with torch.inference_mode():
             outputs = graph(*graph.example(batch=2))
         shapes = [tuple(t.shape[1:]) for t in outputs[3:]]

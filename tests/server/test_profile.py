@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from server.profile import Identity, LatencyProfile, LiveProfile, StageCost
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-HERE = Identity(model="301f19508ee8", precision="fp32", runtime="onnxruntime 1.31.1", device="A CPU", concurrency=2)
+HERE = Identity(model="f8368f00bc3c", precision="fp32", runtime="onnxruntime 1.31.1", device="A CPU", concurrency=2)
 
 costs = st.floats(1e-5, 1e-1)
 
@@ -144,9 +144,9 @@ class TestLatencyProfile:
             LatencyProfile.lines([0.001], [0.001]).to_json()
 
     def test_a_profile_is_for_one_model_on_one_machine(self) -> None:
-        other = Identity("301f19508ee8", "fp32", "onnxruntime 1.31.1", "Another CPU", 2)
+        other = Identity("f8368f00bc3c", "fp32", "onnxruntime 1.31.1", "Another CPU", 2)
         assert HERE.misfit(other) == "device A CPU, not Another CPU"
-        assert HERE.misfit(Identity("301f19508ee8", "fp32", "onnxruntime 1.31.1", "A CPU", 2)) is None
+        assert HERE.misfit(Identity("f8368f00bc3c", "fp32", "onnxruntime 1.31.1", "A CPU", 2)) is None
 
     def test_an_image_costs_its_share_of_the_batch_that_pays(self) -> None:
         profile = LatencyProfile.lines([0.008, 0.0, 0.004], [0.001, 0.002, 0.003])
