@@ -38,6 +38,9 @@ from server.scheduler import Policy
 TARGET = 0.99  # of all arrivals answered in time
 FLOOR = 0.1  # of the capacity: where even the best policy stays below, the configuration tells nothing of policies
 SERVER = "server"  # the contender that the others are compared with
+SPAN = (
+    20.0  # deadlines that a run lasts at full load, at least: a shorter one ends before its queues are what they become
+)
 SAMPLES = 16_384  # records of a synthetic cascade
 
 ARRIVALS: dict[str, Callable[[float, float, int], arrivals.Times]] = {
@@ -91,6 +94,11 @@ class Traffic:
     @classmethod
     def generate(cls, process: str, images: int, records: Records, seed: int, **options: float) -> Traffic:
         return cls.draw(ARRIVALS[process](1.0, float(images), seed), records, seed + 1, **options)
+
+
+def images_of(options: Options, setup: Setup) -> int:
+    """How many arrivals a run has."""
+    return options.images or max(5_000, math.ceil(SPAN * setup.deadline_s * setup.capacity))
 
 
 def run(contender: Contender, setup: Setup, traffic: Traffic, rate: float, *, give_up: bool = False) -> Trace:
@@ -187,10 +195,10 @@ def configurations(count: int, seed: int = 0) -> list[Configuration]:
 def _compare_one(options: Options, configuration: Configuration) -> dict[str, Any]:
     records = cascades.synthetic(SAMPLES, options.seed)
     setup = configuration.setup(records)
-    traffic = Traffic.generate(configuration.arrivals, options.images or 10_000, records, options.seed + 1)
-    rates = maxima(setup, traffic)
+    images = images_of(options, setup)
+    rates = maxima(setup, Traffic.generate(configuration.arrivals, images, records, options.seed + 1))
     best = best_baseline(rates)
-    return {**asdict(configuration), "capacity": setup.capacity, "best": best, "rates": rates}
+    return {**asdict(configuration), "images": images, "capacity": setup.capacity, "best": best, "rates": rates}
 
 
 def compare(options: Options) -> Report:
@@ -295,7 +303,7 @@ def one(options: Options) -> Report:
         deadline_s=options.deadline_ms / 1000,
         executors=options.executors,
     )
-    images = options.images or 20_000
+    images = images_of(options, setup)
     if options.trace:
         times = arrivals.read_trace(options.trace, time=options.trace_time, count=options.trace_count)[:images]
     else:
@@ -401,7 +409,11 @@ def _parse(arguments: list[str] | None) -> Options:
         "python -m benchmarks.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--images", type=int, help="arrivals of one run (10000 in compare, 300000 in p99, else 20000)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        help="arrivals of one run (p99: 300000; else as many as 20 deadlines see at capacity, 5000 at least)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder for simulate_<study>.json")
@@ -412,7 +424,7 @@ def _parse(arguments: list[str] | None) -> Options:
     own.add_argument("--profile", type=_profile, default=PROFILES["gpu 20"], help="a,a,a/b,b,b in ms")
     own.add_argument("--mix", type=fractions, default=MIXES[0], help="fractions at the exits (default 0.45,0.30,0.25)")
     own.add_argument("--max-batch-sizes", type=_sizes, default=(64, 64, 64), help="per stage (default 64,64,64)")
-    own.add_argument("--deadline-ms", type=float, default=100.0)
+    own.add_argument("--deadline-ms", type=_positive, default=100.0)
     own.add_argument("--executors", type=int, default=1)
     own.add_argument("--arrivals", choices=ARRIVALS, default="poisson")
     own.add_argument("--correlation", type=float, default=0.0, help="of the difficulty of two images in succession")
@@ -429,6 +441,13 @@ def _profile(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if len(parts) != 2 or len(parts[0]) != len(parts[1]):
         raise argparse.ArgumentTypeError(f"{text} is not a,a,a/b,b,b")
     return parts[0], parts[1]
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
+    return value
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -313,6 +313,23 @@ def test_a_study_writes_its_figures_and_a_picture(arguments, tmp_path):
     assert (tmp_path / f"{name}.png").stat().st_size > 0
 
 
+def test_a_run_is_long_beside_its_deadline():
+    options = simulation._parse(["compare"])
+    short, long = (simulation.images_of(options, replace(SETUP, deadline_s=seconds)) for seconds in (0.1, 5.0))
+    assert short == 5000
+    assert long > 15 * 5.0 * SETUP.capacity
+    assert simulation.images_of(simulation._parse(["compare", "--images", "7"]), SETUP) == 7
+
+
+def test_options_that_make_no_sense_are_refused(capsys):
+    for arguments in (["--deadline-ms", "inf"], ["--profile", "1,2/3"], ["--mix", "1,1,1"]):
+        with pytest.raises(SystemExit):
+            simulation.main(["maximum", *arguments])
+        assert arguments[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="3 values"):
+        simulation.main(["maximum", "--mix", "0.5,0.5"])
+
+
 def test_a_trace_sets_the_gaps(tmp_path):
     path = tmp_path / "trace.csv"
     path.write_text("minute,invocations\n" + "".join(f"{60 * at},{5 + at % 3}\n" for at in range(20)))
