@@ -57,25 +57,25 @@ def parse(
     parser.add_argument("--bundle", type=Path, help="folder of the bundle; by default the embedded one")
     parser.add_argument("--images", type=int, default=200, help="distinct photos, made by code (default %(default)s)")
     parser.add_argument(
-        "--mix", type=_fractions, default=(0.45, 0.30, 0.25), help="fractions at the exits (default 0.45,0.30,0.25)"
+        "--mix", type=fractions, default=(0.45, 0.30, 0.25), help="fractions at the exits (default 0.45,0.30,0.25)"
     )
     parser.add_argument(
         "--out", type=Path, nargs="?", const=RESULTS, help="write <name>.json there (default benchmarks/results)"
     )
     more(parser)
     options = parser.parse_args(arguments)
-    options.command = _command(name, sys.argv[1:] if arguments is None else arguments)
+    options.command = command_line(name, sys.argv[1:] if arguments is None else arguments)
     return options
 
 
-def _fractions(text: str) -> tuple[float, ...]:
+def fractions(text: str) -> tuple[float, ...]:
     fractions = tuple(float(part) for part in text.split(","))
     if not np.isclose(sum(fractions), 1.0) or min(fractions) < 0:
         raise argparse.ArgumentTypeError(f"{text} does not add up to 1")
     return fractions
 
 
-def _command(name: str, arguments: Sequence[str]) -> str:
+def command_line(name: str, arguments: Sequence[str]) -> str:
     """As it can be shown: a path of this machine is cut to its last part."""
     shown = [Path(part).name if os.path.isabs(part) else part for part in arguments]
     return shlex.join(["python", "-m", f"benchmarks.{name}", *shown])

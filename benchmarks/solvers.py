@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.cascades import synthetic
 from benchmarks.exact import exact_best
 from benchmarks.harness import Options, Report, finish, load_bundle, parse
 from server.families import genetic, geometric
@@ -45,16 +46,6 @@ def measure(options: Options) -> Report:
     for size in options.sizes:
         _compare(report, f"synthetic {size}", synthetic(size), GMACS, options)
     return report
-
-
-def synthetic(samples: int, seed: int = 0) -> Records:
-    """Images of normal difficulty; deeper exits are better, and surer."""
-    rng = np.random.default_rng(seed)
-    ease = rng.normal(size=samples)
-    depth = np.arange(3)[:, None]
-    certainty = ease * (1.2 + 0.2 * depth) + 1 + 0.6 * depth + rng.normal(size=(3, samples)) * 0.6
-    confidence = 1 / (1 + np.exp(-certainty))
-    return Records(confidence[:-1].astype(np.float32), rng.random((3, samples)) < confidence)
 
 
 def _compare(report: Report, name: str, records: Records, costs: Sequence[float], options: Options) -> None:

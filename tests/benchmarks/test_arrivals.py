@@ -1,0 +1,117 @@
+"""Arrival times: the rate that was asked for, as bursty as was asked for, and traces read as they stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import arrivals
+
+SECONDS = 2000.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: arrivals.poisson(10, SECONDS, 1),
+        lambda: arrivals.renewal(10, SECONDS, 1, cv=4),
+        lambda: arrivals.mmpp(10, SECONDS, 1, dwell_s=5),
+        lambda: arrivals.step(10, SECONDS, 1, factor=1, start_s=0),
+    ],
+    ids=["poisson", "gamma", "mmpp", "step"],
+)
+def test_arrivals_rise_within_the_length_at_the_mean_rate(make):
+    times = make()
+    assert np.all(np.diff(times) >= 0)
+    assert times[0] >= 0
+    assert times[-1] < SECONDS
+    assert len(times) / SECONDS == pytest.approx(10, rel=0.1)
+    assert np.array_equal(times, make()), "the same seed, other arrivals"
+
+
+@pytest.mark.parametrize("cv", [1, 2, 8])
+def test_gaps_vary_as_asked(cv):
+    gaps = np.diff(arrivals.renewal(10, 20_000, 2, cv=cv))
+    assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.1)
+
+
+def test_an_mmpp_comes_in_bursts():
+    def dispersion(times):  # variance over mean of the counts per second; 1 for Poisson
+        counts = np.bincount(times.astype(int))
+        return counts.var() / counts.mean()
+
+    assert dispersion(arrivals.poisson(10, SECONDS, 3)) == pytest.approx(1, abs=0.2)
+    assert dispersion(arrivals.mmpp(10, SECONDS, 3, dwell_s=5)) > 3
+
+
+def test_a_step_raises_the_rate_for_a_while():
+    times = arrivals.step(10, 300, 4, factor=3, start_s=100, end_s=200)
+    before, during, after = (np.sum((times >= at) & (times < at + 100)) / 100 for at in (0, 100, 200))
+    assert before == pytest.approx(10, rel=0.15)
+    assert during == pytest.approx(30, rel=0.15)
+    assert after == pytest.approx(10, rel=0.15)
+
+
+def test_what_is_no_process_is_refused():
+    for make in (
+        lambda: arrivals.poisson(0, 1, 0),
+        lambda: arrivals.poisson(1, float("inf"), 0),
+        lambda: arrivals.renewal(1, 1, 0, cv=0),
+        lambda: arrivals.mmpp(1, 1, 0, share=1, dwell_s=1),
+        lambda: arrivals.step(1, 1, 0, factor=-1, start_s=0),
+    ):
+        with pytest.raises(ValueError, match=r"must be above 0|needs"):
+            make()
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "trace.csv"
+    path.write_text(text)
+    return path
+
+
+def test_a_trace_of_times_begins_at_0_in_order(tmp_path):
+    path = write(tmp_path, "id,at\nb,12.5\na,10\nc,14\n")
+    assert arrivals.read_trace(path, time="at").tolist() == [0, 2.5, 4]
+
+
+def test_dates_are_times_too(tmp_path):
+    path = write(tmp_path, "at\n2021-01-31T00:00:00+00:00\n2021-01-31 00:00:01.5+00:00\n")
+    assert arrivals.read_trace(path, time="at").tolist() == [0, 1.5]
+
+
+def test_counts_are_spread_over_their_interval(tmp_path):
+    path = write(tmp_path, "minute,invocations\n60,3\n120,0\n180,2\n")
+    times = arrivals.read_trace(path, time="minute", count="invocations")
+    assert np.histogram(times, [0, 60, 120, 180])[0].tolist() == [3, 0, 2]
+    one = write(tmp_path, "minute,invocations\n0,4\n")
+    assert arrivals.read_trace(one, time="minute", count="invocations", interval_s=2).max() < 2
+
+
+def test_a_trace_can_be_rescaled_to_a_rate(tmp_path):
+    path = write(tmp_path, "minute,invocations\n0,30\n60,90\n")
+    plain = arrivals.read_trace(path, time="minute", count="invocations")
+    scaled = arrivals.read_trace(path, time="minute", count="invocations", rate=100)
+    assert np.allclose(scaled, plain / 100)  # it was one a second
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("at\n1\n", {"time": "when"}, "no column 'when' among at"),
+        ("", {"time": "at"}, "no column 'at'"),
+        ("at\n", {"time": "at"}, "no line"),
+        ("at\n1\nnoon\n", {"time": "at"}, "line 3"),
+        ("at,n\n1,2\n2\n", {"time": "at", "count": "n"}, "line 3"),
+        ("at,n\n1,2.5\n", {"time": "at", "count": "n"}, "line 2"),
+        ("at,n\n1,0\n2,0\n", {"time": "at", "count": "n"}, "no arrivals"),
+        ("at,n\n1,2\n", {"time": "at", "count": "n"}, "one interval only"),
+        ("at\n5\n5\n", {"time": "at", "rate": 2.0}, "one moment"),
+        ("at\n5\n6\n", {"time": "at", "rate": 0.0}, "above 0"),
+    ],
+)
+def test_a_trace_that_cannot_be_read_says_where(tmp_path, text, options, says):
+    with pytest.raises(ValueError, match=says):
+        arrivals.read_trace(write(tmp_path, text), **options)
