@@ -37,6 +37,7 @@ from server.frontier import FrontierRow, with_ms
 from server.images import ImageLimits
 from server.loops import Brownout
 from server.metrics import Metrics
+from server.policy import DeepestRipe
 from server.profile import LiveProfile
 from server.profiling import profile_at_start
 from server.scheduler import Scheduler
@@ -195,9 +196,10 @@ class Service:
         )
         if profile is not None:
             self.machine.profile = LiveProfile(profile)
-            self.scheduler.learn(self.machine.profile.seconds)
-            seconds = profile.image_seconds(_batch_sizes(self.settings, self.engine))
-            rows = with_ms(self.bundle.frontier.rows, [1000 * s for s in seconds])
+            seconds, batch_sizes = self.machine.profile.seconds, _batch_sizes(self.settings, self.engine)
+            self.scheduler.learn(seconds, DeepestRipe(seconds, batch_sizes))
+            image_seconds = profile.image_seconds(batch_sizes)
+            rows = with_ms(self.bundle.frontier.rows, [1000 * s for s in image_seconds])
             self.frontier_document = orjson.dumps(_describe_frontier(self.bundle, rows))
         self.phase = Phase.SERVING
 

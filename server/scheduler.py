@@ -282,9 +282,9 @@ class Scheduler:
         self._requests: _Ordered[Request] = _Ordered()  # all that are not settled, by deadline
         self._orders = count()
 
-    def learn(self, seconds: Seconds) -> None:
-        """What a batch costs is known from now on."""
-        self._seconds = seconds
+    def learn(self, seconds: Seconds, policy: Policy) -> None:
+        """What a batch costs is known from now on, and a policy that goes by it."""
+        self._seconds, self._policy = seconds, policy
 
     # -- what the caller may ask
 

@@ -232,7 +232,7 @@ class TestAtTheStart:
         self, serve: Any, engine: FakeEngine, photo: Callable[..., bytes]
     ) -> None:
         async with serve(profile_seconds=9) as served:
-            live = served.service.profile
+            live = served.service.machine.profile
             believed = live.seconds(1, 1)
             assert 0 < believed < 1
             assert engine.slots_in_use == 0
@@ -249,7 +249,7 @@ class TestAtTheStart:
     ) -> None:
         engine.fail_next = 1
         async with serve(profile_seconds=9) as served:
-            assert served.service.profile is None
+            assert served.service.machine.profile is None
             assert (await served.http.get("/frontier")).json()["rows"][0]["ms"] is None
             assert (await served.classify(photo(255))).status_code == 200
         assert "no latency profile: the engine failed while it was measured (RuntimeError: told to fail)" in caplog.text
