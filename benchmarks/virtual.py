@@ -103,7 +103,7 @@ class Trace:
         return self.fraction(Fate.IN_TIME)
 
     def figures(self, costs: Sequence[float] | None = None, budget: float | None = None) -> dict[str, Any]:
-        """What serving.md asks for, as numbers for a file. `costs`: (E,) cumulative, of an image that leaves at each
+        """All that is asked of a run, as numbers for a file. `costs`: (E,) cumulative, of an image that leaves at each
         exit; `budget`: the mean cost that is held."""
         answered = self.exit > 0
         span = max(self.arrivals[-1] - self.arrivals[0], 1e-12)

@@ -154,7 +154,9 @@ class Brownout:
         """
         current = wanted if self.row is None else min(self.row, wanted)
         wait = (new * costs[current] + deep) / executors
-        free, load = self.USABLE * executors - deep / horizon, rate + new / horizon
+        # What waits longer than a quarter of the horizon is to be gone within one; a short queue is no fault.
+        excess = max(0.0, 1 - horizon / 4 / wait) if wait > 0 else 0.0
+        free, load = self.USABLE * executors - excess * deep / horizon, rate + excess * new / horizon
         can_pay = max(0, bisect_right(costs, free / load) - 1) if load > 0 else len(costs) - 1
         if wait > horizon / 2 and can_pay < current:
             self.row, self._room_since = can_pay, None

@@ -1,0 +1,215 @@
+"""The live budget under a virtual clock: the server's own controllers on its own scheduler, while traffic changes.
+
+    python -m benchmarks.control drift --out --plots build      # the cost loop while the input gets harder and easier
+    python -m benchmarks.control overload --out --plots build   # the brownout while two and three times as much arrives
+
+Costs are stated, images synthetic and seeded: the same result every time. One image a request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import arrivals, cascades
+from benchmarks.harness import RESULTS, Options, Report, command_line, finish
+from benchmarks.simulate import SAMPLES, profile_of, server
+from benchmarks.virtual import Fate, Setup, Simulation, Ticks, Trace
+from server.budget import BudgetController
+from server.control import Machine
+from server.frontier import Frontier, FrontierRow, sweep
+from server.loops import Brownout
+from server.profile import LiveProfile
+from server.scheduler import Load
+from server.store import MemoryStore, Policy
+
+GMACS = (0.4725, 1.4625, 3.4975)  # T2T-ViT-12, cumulative
+PROFILE = ((0.2, 0.2, 0.2), (0.02, 0.06, 0.15))  # milliseconds a batch, and an image of it, by stage
+BATCH_SIZES = (128, 128, 128)
+BUDGET = 1.25  # GMACs an image
+
+SHIFTS = (0.0, 0.5, 0.0, -0.5, 0.0)  # of the images' difficulty, in standard deviations, segment by segment
+SEGMENT = 50_000  # images
+WINDOW = 10_000
+
+RATES = (8_000.0, 16_000.0, 24_000.0, 8_000.0)  # images a second
+STEP_S = 5.0
+DEADLINE_S = 0.05
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("drift", "overload"))
+    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="length of the run, of the full one (default 1)")
+    parser.add_argument("--plots", type=Path, help="folder for the plot")
+    parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder for the .json")
+    options = parser.parse_args(arguments)
+    options.command = command_line("control", sys.argv[1:] if arguments is None else arguments)
+    return finish({"drift": drift, "overload": overload}[options.what](options), options)
+
+
+class Steered:
+    """One simulation with a live budget in charge."""
+
+    def __init__(self, frontier: Frontier, setup: Setup, times: NDArray[np.float64], rows: NDArray[np.int64]) -> None:
+        self.machine = Machine(frontier.rows, setup.max_batch_sizes, setup.executors)
+        self.machine.profile = LiveProfile(setup.profile)
+        store = MemoryStore()
+        store.save(Policy(1, {"gmacs": BUDGET}, "cost"))
+        self.budget = BudgetController(frontier, store, machine=self.machine)
+        self.pressure: list[tuple[float, float]] = []
+        self._times, self._patience, self._seen = times, setup.deadline_s, 0
+        self.simulation = Simulation(
+            setup,
+            server(setup)[1],
+            times,
+            rows,
+            on_answer=lambda result, latency: self.budget.observe(result, latency, steered=False),
+            ticks=Ticks(Brownout.TICK, self._tick),
+            point=self.budget.point,
+        )
+        self.budget.on_change(self.simulation.retune)
+
+    def _tick(self, now: float, load: Load) -> None:
+        arrived = int(np.searchsorted(self._times, now, side="right"))
+        self.machine.arrived(arrived - self._seen, self._patience)
+        self._seen = arrived
+        self.budget.tick(now, load)
+        self.pressure.append((now, self.budget.pressure))
+
+
+def _setup(records, row: FrontierRow, deadline_s: float) -> Setup:  # type: ignore[no-untyped-def]
+    return Setup(profile_of(*PROFILE), records, row.thresholds, BATCH_SIZES, deadline_s=deadline_s)
+
+
+def _begin(name: str, options: Options):  # type: ignore[no-untyped-def]
+    records = cascades.synthetic(SAMPLES, options.seed)
+    frontier = sweep(records.confidence, records.correct, GMACS)
+    row = frontier.by_gmacs(BUDGET)
+    assert row is not None
+    stated = {"seed": options.seed, "profile_ms": PROFILE, "batch_sizes": BATCH_SIZES, "budget_gmacs": BUDGET}
+    return Report(name, figures={**stated, "gmacs": GMACS}), records, frontier, row
+
+
+# --- drift ------------------------------------------------------------------------------------------------------------
+
+
+def drift(options: Options) -> Report:
+    report, records, frontier, row = _begin("control_drift", options)
+    segment = round(SEGMENT * options.scale)
+    images = segment * len(SHIFTS)
+    setup = _setup(records, row, deadline_s=1.0)
+    rate = 0.5 * setup.capacity
+    times = arrivals.poisson(rate, 1.02 * images / rate, options.seed + 1)[:images]
+    shift = np.repeat(SHIFTS, segment)[: len(times)]
+    rows = cascades.draw(records, len(times), options.seed + 2, shift=shift)
+    held = Steered(frontier, setup, times, rows).simulation.run()
+    fixed = Simulation(setup, server(setup)[1], times, rows).run()
+    window = round(WINDOW * options.scale)
+    for name, trace in (("held", held), ("thresholds fixed", fixed)):
+        cost = np.array(GMACS)[trace.exit - 1]  # in order of arrival; all are answered at this load
+        segments = [float(part.mean()) / BUDGET - 1 for part in np.array_split(cost, len(SHIFTS))]
+        windows = [float(cost[at : at + window].mean()) / BUDGET - 1 for at in range(0, len(cost) - window + 1, window)]
+        key = name.split()[-1]
+        report.add(
+            f"{name}: mean cost of each segment off the budget",
+            ", ".join(f"{off:+.2%}" for off in segments),
+            **{f"{key}_segments": segments},
+        )
+        report.add(
+            f"{name}: windows of {window} off the budget by at most",
+            f"{max(map(abs, windows)):.2%}",
+            **{f"{key}_windows": windows},
+        )
+        report.figures[f"{key}_accuracy"] = float(trace.correct.mean())
+        report.figures[f"{key}_answered"] = float((trace.exit > 0).mean())
+    if options.plots:
+        _plot_drift(report.figures, window, options.plots / "control_drift.png")
+    return report
+
+
+def _plot_drift(figures, window: int, path: Path) -> None:  # type: ignore[no-untyped-def]
+    from benchmarks.plots import figure, save
+
+    axes = figure()
+    for key, label in (("fixed", "thresholds fixed"), ("held", "cost held")):
+        offs = figures[f"{key}_windows"]
+        axes.plot([(n + 0.5) * window / 1000 for n in range(len(offs))], [100 * o for o in offs], "o-", label=label)
+    axes.axhspan(-3, 3, color="0.9")
+    axes.set(xlabel="thousand images", ylabel="mean cost of a window off the budget, %")
+    axes.legend()
+    save(axes, path)
+
+
+# --- overload ---------------------------------------------------------------------------------------------------------
+
+
+def overload(options: Options) -> Report:
+    report, records, frontier, row = _begin("control_overload", options)
+    setup = _setup(records, row, DEADLINE_S)
+    step = STEP_S * options.scale
+    parts = [arrivals.poisson(rate, step, options.seed + 1 + n) + n * step for n, rate in enumerate(RATES)]
+    times = np.concatenate(parts)
+    rows = cascades.draw(records, len(times), options.seed + 9)
+    report.add("capacity at the budget", f"{setup.capacity:.0f} images/s", capacity=setup.capacity)
+    report.add("offered", ", ".join(f"{rate:.0f}" for rate in RATES) + f" images/s, {step:g} s each", rates=RATES)
+    steered = Steered(frontier, setup, times, rows)
+    contenders = {"brownout": steered.simulation, "fixed": Simulation(setup, server(setup)[1], times, rows)}
+    traces = {name: simulation.run() for name, simulation in contenders.items()}
+    for name, trace in traces.items():
+        figures = outcome(trace)
+        report.add(
+            f"{name}: answered in time, of all",
+            f"{figures['answered_in_time']:.4f}, of them cut short {figures['degraded']:.4f}",
+            **{name: figures},
+        )
+        report.add(f"{name}: refused", f"{figures['refused']:.4f}")
+        report.add(f"{name}: correct in time, of all", f"{figures['correct_in_time']:.4f}")
+        report.add(f"{name}: p50, p99 ms", f"{figures['p50_ms']:.1f}, {figures['p99_ms']:.1f}")
+    if options.plots:
+        _plot_overload(traces, times, steered.pressure, options.plots / "control_overload.png")
+    return report
+
+
+def outcome(trace: Trace) -> dict[str, float]:
+    """Fractions of all arrivals; latencies of the answers."""
+    answered = np.isin(trace.fate, (Fate.IN_TIME, Fate.DEGRADED))
+    p50, p99 = np.nanquantile(trace.latency, (0.5, 0.99)) * 1000
+    return {
+        "answered_in_time": float(answered.mean()),
+        "degraded": trace.fraction(Fate.DEGRADED),
+        "refused": trace.fraction(Fate.REFUSED) + trace.fraction(Fate.EXPIRED),
+        "correct_in_time": float((answered & trace.correct).mean()),
+        "p50_ms": float(p50),
+        "p99_ms": float(p99),
+    }
+
+
+def _plot_overload(  # type: ignore[no-untyped-def]
+    traces: dict[str, Trace], times: NDArray[np.float64], pressure: Sequence[tuple[float, float]], path: Path
+) -> None:
+    from benchmarks.plots import figure, save
+
+    axes = figure()
+    bins = np.arange(0, times[-1] + 0.1, 0.1)
+    every = np.histogram(times, bins)[0]
+    for name, trace in traces.items():
+        good = np.isin(trace.fate, (Fate.IN_TIME, Fate.DEGRADED)) & trace.correct
+        axes.plot(
+            bins[:-1], np.histogram(times[good], bins)[0] / np.maximum(every, 1), label=f"correct in time: {name}"
+        )
+    axes.plot(*zip(*pressure, strict=True), color="0.6", lw=1, label="pressure")
+    axes.plot(bins[:-1], every / every.max(), "k:", lw=1, label="arrivals, of the most")
+    axes.set(xlabel="seconds", ylabel="fraction", ylim=(0, 1.05))
+    axes.legend(loc="lower left", fontsize=8)
+    save(axes, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
