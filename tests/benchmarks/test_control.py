@@ -1,4 +1,4 @@
-"""The controllers in the simulator, in small: a held cost follows the input, an overload costs accuracy, not answers."""
+"""The controllers in the simulator, in small: a cost is held through drift; an overload costs accuracy, not answers."""
 
 from __future__ import annotations
 
