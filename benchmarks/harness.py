@@ -174,14 +174,16 @@ class ServerFailed(RuntimeError):
 class Server:
     """`dvt serve` in a process of its own: `with Server(bundle, timeout_ms=30000) as server`.
 
-    Settings come from here alone, not from the environment; the budget is kept in memory.
+    Settings come from here alone, not from the environment; the budget is kept in memory. `module` serves in place of
+    it, with `arguments` after the bundle.
     """
 
-    def __init__(self, bundle: Path, **settings: object) -> None:
+    def __init__(self, bundle: Path, module: str = "", arguments: Sequence[str] = (), **settings: object) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DVT_")}
         environment |= {f"DVT_{name.upper()}": str(value) for name, value in {"state_dir": "", **settings}.items()}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed at the end of the block
-        command = [sys.executable, "-m", "benchmarks.named_threads", "serve", str(bundle), "--port", "0"]
+        served = [module, str(bundle), *arguments] if module else ["benchmarks.named_threads", "serve", str(bundle)]
+        command = [sys.executable, "-m", *served, *([] if module else ["--port", "0"])]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
         )

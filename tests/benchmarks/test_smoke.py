@@ -141,3 +141,21 @@ def test_a_cost_is_read_off_the_curve_between_its_points() -> None:
     assert backbone.cost_of(0.6, points) == pytest.approx(1.5)
     assert backbone.cost_of(0.75, points) == pytest.approx(3.5)
     assert backbone.cost_of(0.9, points) is None
+
+
+def test_the_live_server_is_held_against_the_simulator(run: Run) -> None:
+    figures = run("goodput", "simulator", "--seconds", "0.5", "--rounds", "1", "--steps", "1")["figures"]
+    assert len(figures["live"]) == 1
+    assert all(rate > 0 for rate in figures["simulated"])
+
+
+def test_an_overload_is_told_by_its_outcomes(run: Run) -> None:
+    results = run("goodput", "overload", "--seconds", "0.3", "--rounds", "1", "--steps", "1", "--deadline-ms", "2000")
+    outcome = results["figures"]["x2_brownout"]
+    assert outcome["requests"] > 10
+    assert outcome["in_time"] + outcome["refused"] <= 1
+
+
+def test_ways_to_serve_are_compared_in_turn(run: Run) -> None:
+    results = run("goodput", "policies", "--seconds", "0.3", "--rounds", "1", "--steps", "1", "--deadline-ms", "2000")
+    assert {"server_rates", "no_exit_rates", "fixed_delay_2_ms_rates"} <= results["figures"].keys()

@@ -1,0 +1,134 @@
+"""An open-loop load: every request has its moment, fixed in advance, and its latency counts from that moment on.
+
+Clients that wait for an answer before they ask again slow down with the server, and so hide what it does to those who
+come regardless. One process, one event loop; connections are kept and opened as needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from benchmarks.harness import HOST
+
+GRACE_S = 10.0  # after the last request: who has no answer by then has none
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One request: which of the load's, seconds from its moment to its answer, and the answer."""
+
+    request: int
+    seconds: float  # inf where there was no answer
+    status: int  # 0 where there was none
+    body: bytes
+
+    @property
+    def result(self) -> Any:
+        """Of its one image; None unless it was answered with 200."""
+        return orjson.loads(self.body)["results"][0] if self.status == 200 else None
+
+
+def fire(port: int, requests: Sequence[bytes], which: NDArray[np.int64], times: NDArray[np.float64]) -> list[Shot]:
+    """Send requests[which[n]] at times[n] seconds from now, in order; blocks until all are answered, or GRACE_S later.
+
+    `requests`: the bytes of whole HTTP/1.1 requests (`clients.classify`).
+    """
+    return asyncio.run(_fire(port, requests, which.tolist(), times.tolist()))
+
+
+async def _fire(port: int, requests: Sequence[bytes], which: list[int], times: list[float]) -> list[Shot]:
+    loop = asyncio.get_running_loop()
+    idle: list[_Connection] = []
+    shots: list[Shot | None] = [None] * len(times)
+    left = len(times)
+    finished = asyncio.Event()
+    start = time.perf_counter() + 0.1
+
+    def done(number: int, status: int, body: bytes) -> None:
+        nonlocal left
+        shots[number] = Shot(which[number], time.perf_counter() - start - times[number], status, body)
+        left -= 1
+        if not left:
+            finished.set()
+
+    async def one(number: int) -> None:
+        try:
+            _, connection = await loop.create_connection(lambda: _Connection(idle, done), HOST, port)
+        except OSError:
+            done(number, 0, b"")
+        else:
+            connection.ask(number, requests[which[number]])
+
+    opening = set()
+    for number, moment in enumerate(times):
+        wait = start + moment - time.perf_counter()
+        if wait > 0:
+            await asyncio.sleep(wait)
+        elif number % 16 == 0:
+            await asyncio.sleep(0)  # late: answers must be read all the same
+        while idle and idle[-1].closed:
+            idle.pop()
+        if idle:
+            idle.pop().ask(number, requests[which[number]])
+        else:
+            task = loop.create_task(one(number))
+            opening.add(task)
+            task.add_done_callback(opening.discard)
+    try:
+        async with asyncio.timeout(GRACE_S):
+            await finished.wait()
+    except TimeoutError:
+        pass
+    for connection in idle:
+        connection.transport.close()
+    return [shot or Shot(which[n], float("inf"), 0, b"") for n, shot in enumerate(shots)]
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive connection, one request at a time."""
+
+    def __init__(self, idle: list[_Connection], done: Any) -> None:
+        self._idle, self._done = idle, done
+        self._number = -1
+        self._data = b""
+        self.closed = False
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def ask(self, number: int, request: bytes) -> None:
+        self._number, self._data = number, b""
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        end = self._data.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        head = self._data[:end].lower()
+        at = head.find(b"content-length: ")
+        length = int(head[at + 16 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+        if len(self._data) - end - 4 < length:
+            return
+        number, self._number = self._number, -1
+        if b"connection: close" in head:
+            self.closed = True
+            self.transport.close()
+        else:
+            self._idle.append(self)
+        self._done(number, int(head[9:12]), self._data[end + 4 :])
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self.closed = True
+        if self._number >= 0:
+            number, self._number = self._number, -1
+            self._done(number, 0, b"")
