@@ -21,7 +21,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def result(exit_: int, degraded: bool = False) -> ImageResult:
-    return ImageResult(np.zeros(2, np.float32), exit_, 0.9, degraded, queue_s=0.002, compute_s=0.004)
+    return ImageResult(np.zeros(2, np.float32), exit_, 0.9, degraded, queue_s=0.002, compute_s=0.004, confidences=(0.9,) * exit_)
 
 
 def test_mean_batch_fill_is_one_division(metrics: Metrics) -> None:
