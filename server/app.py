@@ -24,12 +24,14 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from server import routes, schemas
+from server.audit import Auditor
 from server.batcher import Batcher
 from server.bodies import BodyLimits, Intake
 from server.budget import BudgetController, BudgetState
 from server.bundle import Bundle
 from server.core import Engine, ImageResult
 from server.decoding import Decoder
+from server.drift import Drift
 from server.edge import Edge, Endpoint, answer_error, thin
 from server.errors import Draining, Overloaded, ServeError
 from server.frontier import FrontierRow, with_ms
@@ -82,7 +84,21 @@ class Service:
         )
         self.batcher = Batcher(engine, scheduler, self, settings.executors, clock)
         self.profile: LiveProfile | None = None  # from the start on, where there is one
-        self.budget.on_change(self.batcher.retune)
+        self.audit = Auditor(
+            self.batcher,
+            self.metrics,
+            fraction=settings.audit_fraction,
+            exits=self.exits,
+            version=self.budget.point.version,
+        )
+        self.drift = Drift(
+            bundle.frontier.records,
+            bundle.frontier.samples,
+            expected=lambda: self.budget.state().predicted.exit_fractions,
+            point=self.budget.point,
+        )
+        for follow in (self.batcher.retune, self.audit.retune, self.drift.retune):
+            self.budget.on_change(follow)
         self.intake = Intake(settings.max_requests, settings.max_held_bytes)
         self.body_limits = BodyLimits(settings.max_body_bytes, settings.max_images, settings.body_timeout_s)
         limits = ImageLimits(settings.max_pixels, settings.max_aspect, settings.min_side)
@@ -97,6 +113,9 @@ class Service:
             point=lambda: self.budget.point,
             ready=lambda: self.ready,
             profile=lambda: self.profile,
+            audits_pending=lambda: self.audit.state().pending,
+            accuracy_gap=lambda: self.audit.state().accuracy_gap,
+            drift=self.drift.state,
         )
         # What does not change is written once.
         self.frontier_document = orjson.dumps(_describe_frontier(bundle, bundle.frontier.rows))
@@ -183,6 +202,7 @@ class Service:
     async def drain(self, timeout_s: float) -> None:
         """Take no new work and answer what was accepted; what the timeout finds is answered with what is known."""
         self.phase = Phase.DRAINING
+        await self.audit.close()
         until = self.clock() + timeout_s
         try:
             # What passed the door and is still on its way to the batcher is let in.
@@ -195,6 +215,7 @@ class Service:
     async def stop(self) -> None:
         """Close the engine. May be called twice, and without a start."""
         self.phase = Phase.STOPPED
+        await self.audit.close()
         await self.decoder.close()
         await self.batcher.close()
         await self.budget.close()

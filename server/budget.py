@@ -68,7 +68,7 @@ class Feasible:
 
 @dataclass(frozen=True, slots=True)
 class BudgetState:
-    """The body of GET and PUT /budget: `dataclasses.asdict` of it is that JSON."""
+    """What the body of GET and PUT /budget says of the budget: `dataclasses.asdict` of it are those members."""
 
     version: int
     target: dict[str, Any]

@@ -7,6 +7,7 @@ together.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hmac
 import math
 import re
@@ -23,7 +24,8 @@ from starlette.responses import Response
 
 from server import metrics
 from server.bodies import BodyLimits, read_images, read_json
-from server.core import Answer, ImageResult
+from server.budget import BudgetState
+from server.core import Answer, ImageResult, Pixels
 from server.edge import WhileConnected
 from server.errors import Forbidden, InvalidRequest, NotReady, Unauthorized, VersionMismatch
 from server.scheduler import HIGH, LOW, NORMAL, Priority
@@ -144,14 +146,26 @@ async def classify(request: Request) -> Response:
             )
     decode_s, total_s = decoded - arrived, clock() - arrived
     # When the answer is on its way, not before.
-    asyncio.get_running_loop().call_soon(_record, service, answer, decode_s, total_s, ask.steered)
+    request_id = request.scope["state"]["request_id"]
+    asyncio.get_running_loop().call_soon(_record, service, request_id, pixels, answer, decode_s, total_s, ask.steered)
     return json_response(shape_answer(service, answer, ask.top_k, decode_s, total_s))
 
 
-def _record(service: Service, answer: Answer, decode_s: float, total_s: float, steered: bool) -> None:
+def _record(
+    service: Service,
+    request_id: str,
+    pixels: Sequence[Pixels],
+    answer: Answer,
+    decode_s: float,
+    total_s: float,
+    steered: bool,
+) -> None:
     service.metrics.decoded(decode_s)
+    service.drift.observe(answer, steered)
     for result in answer.results:
         service.budget.observe(result, total_s, steered)
+    if not steered:
+        service.audit.offer(request_id, pixels, answer)
 
 
 def shape_answer(service: Service, answer: Answer, top_k: int, decode_s: float, total_s: float) -> dict[str, Any]:
@@ -196,7 +210,8 @@ def predictions(result: ImageResult, labels: Sequence[str], top_k: int) -> list[
 
 
 async def get_budget(request: Request) -> Response:
-    return _budget_response(_service(request).budget.state())
+    service = _service(request)
+    return _budget_response(service, service.budget.state())
 
 
 async def put_budget(request: Request) -> Response:
@@ -209,7 +224,7 @@ async def put_budget(request: Request) -> Response:
     if_match = _if_match(request.headers.get("if-match"), service.budget.point.version)
     state = await service.budget.put(target, hold, if_match)
     service.note_budget(state, request.client, request.scope["state"]["request_id"])
-    return _budget_response(state)
+    return _budget_response(service, state)
 
 
 def _target(document: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -248,8 +263,9 @@ def _authorise(request: Request, token: str | None) -> None:
         raise Forbidden("The bearer token is not the one that is set")
 
 
-def _budget_response(state: Any) -> Response:
-    return json_response(state, {"etag": f'"{state.version}"', "cache-control": "no-store"})
+def _budget_response(service: Service, state: BudgetState) -> Response:
+    body = {**dataclasses.asdict(state), "audit": service.audit.state(), "drift": service.drift.state()}
+    return json_response(body, {"etag": f'"{state.version}"', "cache-control": "no-store"})
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------

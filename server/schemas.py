@@ -89,6 +89,39 @@ class Observed(_Model):
     latency_ms: Latency
 
 
+class Interval(_Model):
+    """Null before the first audit."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+class Audit(_Model):
+    """What the last exit says of the answers: a share of the requests is completed behind their answer."""
+
+    images: int = Field(description="Audited under this budget.")
+    pending: int = Field(description="Images of requests that are chosen and not yet audited.")
+    agreement: Interval = Field(description="Share to which the last exit gives the class that was answered.")
+    accuracy_gap: Interval = Field(
+        description="How much less probable the last exit finds the class that was answered than its own: the accuracy "
+        "that leaving early costs, where the last exit is calibrated."
+    )
+    confidence: float = Field(description="Of each interval, at all times at once.")
+
+
+class Drift(_Model):
+    """The last images against those of the calibration."""
+
+    images: int = Field(description="How many images this looks back upon.")
+    psi: float | None = Field(description="Of confidence at exit 1, over deciles; above 0.2 it alarms. Null: too few.")
+    z: list[float] | None = Field(
+        description="Per exit, of the share that leaves there; beyond 4 it alarms. Null: too few yet."
+    )
+    alarm: bool
+    reasons: list[Literal["psi", "exit_fractions"]]
+
+
 class Feasible(_Model):
     gmacs: list[float] = Field(min_length=2, max_length=2)
     accuracy: list[float] = Field(min_length=2, max_length=2)
@@ -119,6 +152,8 @@ class Budget(_Model):
     predicted: Predicted = Field(description="What calibration says of the thresholds in force.")
     observed: Observed
     feasible: Feasible
+    audit: Audit
+    drift: Drift
 
 
 class FrontierRow(_Model):
