@@ -274,6 +274,7 @@ def _table() -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
         ("/classify", "POST", routes.classify, schemas.CLASSIFY),
         ("/budget", "GET", routes.get_budget, schemas.GET_BUDGET),
         ("/budget", "PUT", routes.put_budget, schemas.PUT_BUDGET),
+        ("/budget/preview", "POST", routes.preview_budget, schemas.PREVIEW_BUDGET),
         ("/livez", "GET", routes.livez, schemas.LIVEZ),
         ("/readyz", "GET", routes.readyz, schemas.READYZ),
         ("/metrics", "GET", routes.get_metrics, schemas.METRICS),

@@ -209,6 +209,9 @@ def budget(
             help="cost: thresholds follow the traffic so that the cost stays. quality: they stay.",
         ),
     ] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Only tell what TARGET would have done to the traffic of late.")
+    ] = False,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
@@ -218,6 +221,7 @@ def budget(
     Examples:
       dvt budget
       dvt budget gmacs=0.03
+      dvt budget gmacs=0.05 --preview
       dvt budget accuracy=0.74 --hold quality
       dvt budget thresholds=0.9,0.7
 
@@ -230,12 +234,18 @@ def budget(
         if hold not in ("cost", "quality"):
             raise click.UsageError(f"--hold is cost or quality, not {hold}")
         body["hold"] = hold
+    if preview and body is None:
+        raise click.UsageError("--preview needs a TARGET")
     try:
         with Client(url) as client:
-            state = client.budget() if body is None else client.set_budget(body)
+            if body is None:
+                state = client.budget()
+            else:
+                state = client.preview_budget(body) if preview else client.set_budget(body)
     except ClientError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(json.dumps(state) if as_json else _describe_budget(state))
+    describe = _describe_preview if preview else _describe_budget
+    click.echo(json.dumps(state) if as_json else describe(state))
 
 
 def parse_target(text: str) -> dict[str, Any]:
@@ -265,16 +275,8 @@ def _describe_answer(image: Path, answer: dict[str, Any]) -> str:
 
 
 def _describe_budget(state: dict[str, Any]) -> str:
-    predicted, observed, feasible = state["predicted"], state["observed"], state["feasible"]
-    target = ", ".join(f"{name}={_numbers(value)}" for name, value in state["target"].items())
-    clamped = " (clamped to the end of the frontier)" if state["clamped"] else ""
-    lines = [
-        f"version     {state['version']}",
-        f"target      {target}, hold {state['hold']}{clamped}",
-        f"thresholds  {_numbers(state['thresholds'])}",
-        f"predicted   accuracy {predicted['accuracy']:.4f}, {predicted['gmacs']:.4g} GMAC, "
-        f"exits {_percent(predicted['exit_fractions'])}",
-    ]
+    observed, feasible, audit, drift = (state[name] for name in ("observed", "feasible", "audit", "drift"))
+    lines = [f"version     {state['version']}", *_describe_target(state)]
     if observed["images"]:
         latency = observed["latency_ms"]
         lines.append(
@@ -283,9 +285,43 @@ def _describe_budget(state: dict[str, Any]) -> str:
         )
     else:
         lines.append("observed    no images under this budget yet")
+    if audit["images"]:
+        lines.append(
+            f"audited     {audit['images']} images, agreement with the last exit {_interval(audit['agreement'])}, "
+            f"accuracy gap {_interval(audit['accuracy_gap'])}"
+        )
+    if drift["alarm"]:
+        lines.append(f"drift       the traffic is not that of the calibration: {', '.join(drift['reasons'])}")
     gmacs, accuracy = feasible["gmacs"], feasible["accuracy"]
     lines.append(f"feasible    gmacs {gmacs[0]:.4g} to {gmacs[1]:.4g}, accuracy {accuracy[0]:.4f} to {accuracy[1]:.4f}")
     return "\n".join(lines)
+
+
+def _describe_preview(preview: dict[str, Any]) -> str:
+    lines, traffic = _describe_target(preview), preview["traffic"]
+    if traffic is None:
+        return "\n".join([*lines, "traffic     nothing to tell it from yet"])
+    lines.append(f"traffic     {_prediction(traffic['target'])}, estimated for the last {traffic['images']} images")
+    lines.append(f"at present  {_prediction(traffic['present'])}")
+    return "\n".join(lines)
+
+
+def _describe_target(state: dict[str, Any]) -> list[str]:
+    target = ", ".join(f"{name}={_numbers(value)}" for name, value in state["target"].items())
+    clamped = " (clamped to the end of the frontier)" if state["clamped"] else ""
+    return [
+        f"target      {target}, hold {state['hold']}{clamped}",
+        f"thresholds  {_numbers(state['thresholds'])}",
+        f"predicted   {_prediction(state['predicted'])}",
+    ]
+
+
+def _prediction(of: dict[str, Any]) -> str:
+    return f"accuracy {of['accuracy']:.4f}, {of['gmacs']:.4g} GMAC, exits {_percent(of['exit_fractions'])}"
+
+
+def _interval(of: dict[str, float]) -> str:
+    return f"{of['mean']:.4f} ({of['low']:.4f} to {of['high']:.4f})"
 
 
 def _numbers(value: Any) -> str:

@@ -58,7 +58,9 @@ class Drift:
         self._samples = samples
         self._expected = expected
         self._point = point
-        self._reference = None if records is None else _Histogram(records.confidence[0])
+        self._reference: _Histogram | None = None
+        if records is not None and records.correct.size:
+            self._reference = _Histogram(records.confidence[0])
         self._confidence = np.zeros(WINDOW, dtype=np.float32)
         self._exits = np.zeros(WINDOW, dtype=np.uint8)
         self._images = 0  # ever

@@ -28,6 +28,7 @@ from server.budget import BudgetState
 from server.core import Answer, ImageResult, Pixels
 from server.edge import WhileConnected
 from server.errors import Forbidden, InvalidRequest, NotReady, Unauthorized, VersionMismatch
+from server.preview import preview
 from server.scheduler import HIGH, LOW, NORMAL, Priority
 
 if TYPE_CHECKING:
@@ -217,14 +218,27 @@ async def get_budget(request: Request) -> Response:
 async def put_budget(request: Request) -> Response:
     service = _service(request)
     _authorise(request, service.control_token)
-    document = await read_json(dict(request.scope["headers"]), request.receive, _BUDGET_LIMITS)
-    if not isinstance(document, dict):
-        raise InvalidRequest('The body must be an object such as {"gmacs": 0.03}')
-    target, hold = _target(document)
+    target, hold = await _read_target(request)
     if_match = _if_match(request.headers.get("if-match"), service.budget.point.version)
     state = await service.budget.put(target, hold, if_match)
     service.note_budget(state, request.client, request.scope["state"]["request_id"])
     return _budget_response(service, state)
+
+
+async def preview_budget(request: Request) -> Response:
+    """No token, also where PUT asks for one: it changes nothing, and tells no more than GET /budget and /frontier."""
+    service = _service(request)
+    target, hold = await _read_target(request)
+    present = service.budget.point.thresholds
+    found = preview(service.bundle.frontier, target, hold, present, service.drift.confidences())
+    return json_response(found, {"cache-control": "no-store"})
+
+
+async def _read_target(request: Request) -> tuple[dict[str, Any], str]:
+    document = await read_json(dict(request.scope["headers"]), request.receive, _BUDGET_LIMITS)
+    if not isinstance(document, dict):
+        raise InvalidRequest('The body must be an object such as {"gmacs": 0.03}')
+    return _target(document)
 
 
 def _target(document: dict[str, Any]) -> tuple[dict[str, Any], str]:

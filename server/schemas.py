@@ -156,6 +156,23 @@ class Budget(_Model):
     drift: Drift
 
 
+class Traffic(_Model):
+    """Estimates: calibration records, weighted so that their confidences at exit 1 are distributed as the traffic's."""
+
+    images: int = Field(description="How many images this looks back upon.")
+    target: Predicted = Field(description="Had the budget been in force.")
+    present: Predicted = Field(description="By the thresholds in force.")
+
+
+class Preview(_Model):
+    target: Target
+    hold: Literal["cost", "quality"]
+    clamped: bool = Field(description="The target lies beyond the frontier; its end would be in force.")
+    thresholds: list[float] = Field(description="That the budget would begin with.")
+    predicted: Predicted = Field(description="What calibration says of these thresholds.")
+    traffic: Traffic | None = Field(description="Null before the first image, and without calibration records.")
+
+
 class FrontierRow(_Model):
     thresholds: list[float]
     accuracy: float
@@ -316,6 +333,20 @@ GET_BUDGET: dict[str, Any] = {
     "openapi_extra": {"parameters": [_REQUEST_ID]},
 }
 
+_BUDGET_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {"$ref": "#/components/schemas/BudgetRequest"},
+            "examples": {
+                "gmacs": {"value": {"gmacs": 0.03}},
+                "accuracy": {"value": {"accuracy": 0.74, "hold": "quality"}},
+                "thresholds": {"value": {"thresholds": [0.9, 0.7]}},
+            },
+        }
+    },
+}
+
 PUT_BUDGET: dict[str, Any] = {
     "tags": ["budget"],
     "summary": "Set the budget",
@@ -347,20 +378,23 @@ PUT_BUDGET: dict[str, Any] = {
             },
             _REQUEST_ID,
         ],
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/BudgetRequest"},
-                    "examples": {
-                        "gmacs": {"value": {"gmacs": 0.03}},
-                        "accuracy": {"value": {"accuracy": 0.74, "hold": "quality"}},
-                        "thresholds": {"value": {"thresholds": [0.9, 0.7]}},
-                    },
-                }
-            },
-        },
+        "requestBody": _BUDGET_BODY,
     },
+}
+
+PREVIEW_BUDGET: dict[str, Any] = {
+    "tags": ["budget"],
+    "summary": "What a budget would have done to the traffic of late",
+    "description": "Takes what `PUT /budget` takes, and changes nothing.",
+    "response_model": Preview,
+    "responses": _errors(
+        errors.RequestTimeout,
+        errors.BodyTooLarge,
+        errors.UnsupportedMediaType,
+        errors.InvalidRequest,
+        errors.BudgetInfeasible,
+    ),
+    "openapi_extra": {"parameters": [_REQUEST_ID], "requestBody": _BUDGET_BODY},
 }
 
 FRONTIER: dict[str, Any] = {

@@ -62,6 +62,7 @@ def test_all_commands_of_the_server_are_there(dvt: Run) -> None:
         (["budget", "gmacs=1,2"], 2, "one number"),
         (["budget", "--hold", "cost"], 2, "--hold needs a TARGET"),
         (["budget", "gmacs=1", "--hold", "x"], 2, "cost or quality"),
+        (["budget", "--preview"], 2, "--preview needs a TARGET"),
         (["serve", "no-such-folder", "--port", "0"], 2, "no-such-folder: no such folder"),
         (["serve", "--port", "70000"], 2, "DVT_PORT"),
         (["profile", "no-such-folder"], 1, "no-such-folder: no such folder"),
@@ -138,6 +139,13 @@ async def test_classify_and_budget_ask_a_running_server(
         assert "no images under this budget yet" in out
         await ask("classify", str(cat))
         assert "observed    1 images" in (await ask("budget"))[1]
+
+        status, out, _ = await ask("budget", "gmacs=0.05", "--preview")
+        assert status == 0
+        assert "target      gmacs=0.05, hold cost" in out
+        assert "estimated for the last" in out
+        assert "at present  accuracy" in out
+        assert "thresholds  0.2,0.3,0" in (await ask("budget"))[1], "nothing was applied"
 
         status, _, err = await ask("budget", "gmacs=0.000001")
         assert status == 1

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from server.core import Answer, Floats, ImageResult, OperatingPoint
 from server.drift import ENOUGH, WINDOW, Drift, bins_of, quantile_edges
-from server.frontier import Frontier, sweep
+from server.frontier import Frontier, Records, sweep
 
 GMACS = (0.5, 1.0, 2.0)
 NOTHING = np.zeros(0, np.float32)
@@ -146,9 +146,10 @@ def test_an_alarm_is_told_once_when_it_begins_and_once_when_it_ends(
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
-def test_without_records_and_without_a_prediction_it_is_silent() -> None:
+@pytest.mark.parametrize("records", [None, Records(np.zeros((2, 0), np.float32), np.zeros((3, 0), np.bool_))])
+def test_without_records_and_without_a_prediction_it_is_silent(records: Records | None) -> None:
     point = OperatingPoint(1, (0.5, 0.5, 0.0))
-    drift = Drift(None, 0, lambda: None, point)
+    drift = Drift(records, 0, lambda: None, point)
     for _ in range(ENOUGH):
         drift.observe(answer(point, [0.9]), steered=False)
     state = drift.state()

@@ -467,6 +467,45 @@ class TestBudget:
             assert (await served.http.get("/budget")).status_code == 200
 
 
+class TestPreview:
+    async def test_it_tells_what_a_budget_would_have_done_and_applies_nothing(self, served: Any, photo: Photo) -> None:
+        for file in (photo(SURE), photo(UNSURE, SURE)):
+            await served.classify(file)
+        before = await served.http.get("/budget")
+        response = await served.http.post("/budget/preview", json={"gmacs": 0.03, "hold": "quality"})
+        assert response.status_code == 200, response.text
+        body = response.json()
+        schemas.Preview.model_validate(body, strict=True)
+        assert (body["target"], body["hold"], body["clamped"]) == ({"gmacs": 0.03}, "quality", False)
+        assert body["traffic"]["images"] == 2
+        assert body["traffic"]["present"]["exit_fractions"][0] == pytest.approx(0.5, abs=0.02)
+        after = await served.http.get("/budget")
+        assert (after.json(), after.headers["etag"]) == (before.json(), before.headers["etag"])
+        put = (await served.http.put("/budget", json={"gmacs": 0.03, "hold": "quality"})).json()
+        assert [put[name] for name in ("target", "hold", "clamped", "thresholds", "predicted")] == [
+            body[name] for name in ("target", "hold", "clamped", "thresholds", "predicted")
+        ]
+
+    async def test_before_the_first_image_there_is_no_traffic(self, served: Any) -> None:
+        body = (await served.http.post("/budget/preview", json={"thresholds": [0.9, 0.8]})).json()
+        schemas.Preview.model_validate(body, strict=True)
+        assert body["traffic"] is None
+
+    async def test_it_refuses_what_put_refuses(self, served: Any) -> None:
+        infeasible = await served.http.post("/budget/preview", json={"gmacs": 1e-6})
+        assert problem_of(infeasible, 422, "budget_infeasible")["feasible"]
+        for body in ({}, {"gmacs": "x"}, [], {"gmac": 1}):
+            problem_of(await served.http.post("/budget/preview", json=body), 422, "invalid_request")
+        problem_of(await served.http.post("/budget/preview", content=b"{}"), 415, "unsupported_media_type")
+        problem_of(await served.http.get("/budget/preview"), 405, "method_not_allowed")
+
+    async def test_it_asks_for_no_token(self, serve: Any, tmp_path: Path) -> None:
+        token = tmp_path / "token"
+        token.write_text("s3cret\n")
+        async with serve(control_token_file=token) as served:
+            assert (await served.http.post("/budget/preview", json={"gmacs": 0.05})).status_code == 200
+
+
 class TestTheRest:
     async def test_the_frontier_rises_row_by_row(self, served: Any) -> None:
         body = (await served.http.get("/frontier")).json()
