@@ -174,13 +174,14 @@ class ServerFailed(RuntimeError):
 class Server:
     """`dvt serve` in a process of its own: `with Server(bundle, timeout_ms=30000) as server`.
 
-    Settings come from here alone, not from the environment; the budget is kept in memory. `module` serves in place of
-    it, with `arguments` after the bundle.
+    Settings come from here alone, not from the environment; the budget is kept in memory, and nothing is audited: what
+    runs is what clients asked for. `module` serves in place of it, with `arguments` after the bundle.
     """
 
     def __init__(self, bundle: Path, module: str = "", arguments: Sequence[str] = (), **settings: object) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DVT_")}
-        environment |= {f"DVT_{name.upper()}": str(value) for name, value in {"state_dir": "", **settings}.items()}
+        values = {"state_dir": "", "audit_fraction": 0, **settings}
+        environment |= {f"DVT_{name.upper()}": str(value) for name, value in values.items()}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed at the end of the block
         served = [module, str(bundle), *arguments] if module else ["benchmarks.named_threads", "serve", str(bundle)]
         command = [sys.executable, "-m", *served, *([] if module else ["--port", "0"])]

@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from server import routes, schemas
+from server.audit import Auditor
 from server.batcher import Batcher
 from server.bodies import BodyLimits, Intake
 from server.budget import BudgetController, BudgetState
@@ -31,6 +32,7 @@ from server.bundle import Bundle
 from server.control import Machine
 from server.core import Engine, ImageResult
 from server.decoding import Decoder
+from server.drift import Drift
 from server.edge import Edge, Endpoint, answer_error, thin
 from server.errors import Draining, Overloaded, ServeError
 from server.frontier import FrontierRow, with_ms
@@ -89,7 +91,21 @@ class Service:
         )
         self.batcher = Batcher(engine, self.scheduler, self, settings.executors, clock)
         self._ticker: asyncio.TimerHandle | None = None  # while there is traffic
-        self.budget.on_change(self.batcher.retune)
+        self.audit = Auditor(
+            self.batcher,
+            self.metrics,
+            fraction=settings.audit_fraction,
+            exits=self.exits,
+            version=self.budget.point.version,
+        )
+        self.drift = Drift(
+            bundle.frontier.records,
+            bundle.frontier.samples,
+            expected=lambda: self.budget.predicted.exit_fractions,
+            point=self.budget.point,
+        )
+        for follow in (self.batcher.retune, self.audit.retune, self.drift.retune):
+            self.budget.on_change(follow)
         self.intake = Intake(settings.max_requests, settings.max_held_bytes)
         self.body_limits = BodyLimits(settings.max_body_bytes, settings.max_images, settings.body_timeout_s)
         limits = ImageLimits(settings.max_pixels, settings.max_aspect, settings.min_side)
@@ -106,6 +122,9 @@ class Service:
             profile=lambda: self.machine.profile,
             arrival_rate=lambda: self.machine.rate.value,
             pressure=lambda: self.budget.pressure,
+            audits_pending=lambda: self.audit.state().pending,
+            accuracy_gap=lambda: self.audit.state().accuracy_gap,
+            drift=self.drift.state,
         )
         # What does not change is written once.
         self.frontier_document = orjson.dumps(_describe_frontier(bundle, bundle.frontier.rows))
@@ -210,6 +229,7 @@ class Service:
     async def drain(self, timeout_s: float) -> None:
         """Take no new work and answer what was accepted; what the timeout finds is answered with what is known."""
         self.phase = Phase.DRAINING
+        await self.audit.close()
         until = self.clock() + timeout_s
         try:
             # What passed the door and is still on its way to the batcher is let in.
@@ -224,6 +244,7 @@ class Service:
         self.phase = Phase.STOPPED
         if self._ticker is not None:
             self._ticker.cancel()
+        await self.audit.close()
         await self.decoder.close()
         await self.batcher.close()
         await self.budget.close()
@@ -282,6 +303,7 @@ def _table() -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
         ("/classify", "POST", routes.classify, schemas.CLASSIFY),
         ("/budget", "GET", routes.get_budget, schemas.GET_BUDGET),
         ("/budget", "PUT", routes.put_budget, schemas.PUT_BUDGET),
+        ("/budget/preview", "POST", routes.preview_budget, schemas.PREVIEW_BUDGET),
         ("/livez", "GET", routes.livez, schemas.LIVEZ),
         ("/readyz", "GET", routes.readyz, schemas.READYZ),
         ("/metrics", "GET", routes.get_metrics, schemas.METRICS),

@@ -26,7 +26,7 @@ from typing import Concatenate, ParamSpec
 
 from server.core import Answer, Engine, Observer, OperatingPoint, Pixels, StageOutput
 from server.errors import Draining, EngineFailed
-from server.scheduler import NORMAL, Batch, Load, Outcome, Priority, Request, Scheduler
+from server.scheduler import BACKGROUND, NORMAL, Batch, Load, Outcome, Priority, Request, Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -264,6 +264,8 @@ class Batcher:
     @_watched
     def _observe_settled(self, settled: Sequence[Request]) -> None:
         for request in settled:
+            if request.priority == BACKGROUND:  # no client's: nobody was answered, nobody lost
+                continue
             if request.answer is not None:
                 for result in request.answer.results:
                     self._observer.image_finished(result)

@@ -78,7 +78,7 @@ class Feasible:
 
 @dataclass(frozen=True, slots=True)
 class BudgetState:
-    """The body of GET and PUT /budget: `dataclasses.asdict` of it is that JSON."""
+    """What the body of GET and PUT /budget says of the budget: `dataclasses.asdict` of it are those members."""
 
     version: int
     target: dict[str, Any]
@@ -321,9 +321,7 @@ class BudgetController:
 
         Raises InvalidRequest, BudgetInfeasible, VersionMismatch or StoreUnavailable; then nothing has changed.
         """
-        solution = solve(self._frontier, target, hold, mix, self._machine)
-        if solution.latency is not None and self._machine is not None and self._machine.profile is None:
-            raise _no_profile()
+        solution = self.solve(target, hold, mix)
         version = self._point.version
         if if_match not in (None, "*", version):
             raise VersionMismatch(f"the budget is at version {version}, not {if_match}", version=version)
@@ -335,6 +333,18 @@ class BudgetController:
         if self._syncing is None:
             self._syncing = asyncio.create_task(self._sync())
         return self.state()
+
+    def solve(self, target: Target, hold: str = "cost", mix: bool = False) -> Solution:
+        """What `put` would put in force. Raises InvalidRequest, BudgetInfeasible."""
+        solution = solve(self._frontier, target, hold, mix, self._machine)
+        if solution.latency is not None and self._machine is not None and self._machine.profile is None:
+            raise _no_profile()
+        return solution
+
+    @property
+    def predicted(self) -> Prediction:
+        """What calibration says of the thresholds in force."""
+        return self._setting.predicted
 
     def observe(self, result: ImageResult, total_s: float, steered: bool) -> None:
         """Count one answered image. `steered`: the request brought its own min_confidence or max_exit.

@@ -59,6 +59,10 @@ class Client:
         """`target` is the body of PUT /budget."""
         return self._request("PUT", "/budget", json=target)
 
+    def preview_budget(self, target: dict[str, Any]) -> dict[str, Any]:
+        """What that body would have done to the traffic of late; nothing changes."""
+        return self._request("POST", "/budget/preview", json=target)
+
     def _request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
             response = self._http.request(method, path, **options)

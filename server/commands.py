@@ -220,6 +220,9 @@ def budget(
     mix: Annotated[
         bool, typer.Option("--mix", help="Meet gmacs=N exactly: requests are hashed onto two sets of thresholds.")
     ] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Only tell what TARGET would have done to the traffic of late.")
+    ] = False,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
@@ -230,6 +233,7 @@ def budget(
       dvt budget
       dvt budget gmacs=0.03
       dvt budget gmacs=0.05 --mix
+      dvt budget gmacs=0.05 --preview
       dvt budget accuracy=0.74 --hold quality
       dvt budget latency_ms=25 --quantile 0.99
       dvt budget thresholds=0.9,0.7
@@ -251,12 +255,18 @@ def budget(
         if body is None or "gmacs" not in body:
             raise click.UsageError("--mix goes with gmacs=N")
         body["mix"] = True
+    if preview and body is None:
+        raise click.UsageError("--preview needs a TARGET")
     try:
         with Client(url) as client:
-            state = client.budget() if body is None else client.set_budget(body)
+            if body is None:
+                state = client.budget()
+            else:
+                state = client.preview_budget(body) if preview else client.set_budget(body)
     except ClientError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(json.dumps(state) if as_json else _describe_budget(state))
+    describe = _describe_preview if preview else _describe_budget
+    click.echo(json.dumps(state) if as_json else describe(state))
 
 
 def parse_target(text: str) -> dict[str, Any]:
@@ -287,24 +297,11 @@ def _describe_answer(image: Path, answer: dict[str, Any]) -> str:
 
 
 def _describe_budget(state: dict[str, Any]) -> str:
-    predicted, observed, feasible = state["predicted"], state["observed"], state["feasible"]
-    target = ", ".join(f"{name}={_numbers(value)}" for name, value in state["target"].items())
-    clamped = " (clamped to the end of the frontier)" if state["clamped"] else ""
-    lines = [
-        f"version     {state['version']}",
-        f"target      {target}, hold {state['hold']}{clamped}",
-        f"thresholds  {_numbers(state['thresholds'])}",
-    ]
+    observed, feasible, audit, drift = (state[name] for name in ("observed", "feasible", "audit", "drift"))
+    lines = [f"version     {state['version']}", *_describe_target(state)]
     if (mix := state["mix"]) is not None:
         lines.append(
             f"mix         {100 * mix['share']:.1f} % of the requests by thresholds {_numbers(mix['thresholds'])}"
-        )
-    if predicted["gmacs"] is None:
-        lines.append("predicted   unknown: the frontier was imported, without records of images")
-    else:
-        lines.append(
-            f"predicted   accuracy {predicted['accuracy']:.4f}, {predicted['gmacs']:.4g} GMAC, "
-            f"exits {_percent(predicted['exit_fractions'])}"
         )
     if observed["images"]:
         latency = observed["latency_ms"]
@@ -314,6 +311,13 @@ def _describe_budget(state: dict[str, Any]) -> str:
         )
     else:
         lines.append("observed    no images under this budget yet")
+    if audit["images"]:
+        lines.append(
+            f"audited     {audit['images']} images, agreement with the last exit {_interval(audit['agreement'])}, "
+            f"accuracy gap {_interval(audit['accuracy_gap'])}"
+        )
+    if drift["alarm"]:
+        lines.append(f"drift       the traffic is not that of the calibration: {', '.join(drift['reasons'])}")
     gmacs, accuracy = feasible["gmacs"], feasible["accuracy"]
     spans = [f"gmacs {gmacs[0]:.4g} to {gmacs[1]:.4g}", f"accuracy {accuracy[0]:.4f} to {accuracy[1]:.4f}"]
     if (latency := feasible["latency_ms"]) is not None:
@@ -324,6 +328,35 @@ def _describe_budget(state: dict[str, Any]) -> str:
             f"pressure    {state['pressure']:.0%} of the target's cost is given up, as the server is overloaded"
         )
     return "\n".join(lines)
+
+
+def _describe_preview(preview: dict[str, Any]) -> str:
+    lines, traffic = _describe_target(preview), preview["traffic"]
+    if traffic is None:
+        return "\n".join([*lines, "traffic     nothing to tell it from yet"])
+    lines.append(f"traffic     {_prediction(traffic['target'])}, estimated for the last {traffic['images']} images")
+    lines.append(f"at present  {_prediction(traffic['present'])}")
+    return "\n".join(lines)
+
+
+def _describe_target(state: dict[str, Any]) -> list[str]:
+    target = ", ".join(f"{name}={_numbers(value)}" for name, value in state["target"].items())
+    clamped = " (clamped to the end of the frontier)" if state["clamped"] else ""
+    return [
+        f"target      {target}, hold {state['hold']}{clamped}",
+        f"thresholds  {_numbers(state['thresholds'])}",
+        f"predicted   {_prediction(state['predicted'])}",
+    ]
+
+
+def _prediction(of: dict[str, Any]) -> str:
+    if of["gmacs"] is None:
+        return "unknown: the frontier was imported, without records of images"
+    return f"accuracy {of['accuracy']:.4f}, {of['gmacs']:.4g} GMAC, exits {_percent(of['exit_fractions'])}"
+
+
+def _interval(of: dict[str, float]) -> str:
+    return f"{of['mean']:.4f} ({of['low']:.4f} to {of['high']:.4f})"
 
 
 def _numbers(value: Any) -> str:

@@ -114,6 +114,7 @@ class ImageResult:
     degraded: bool  # a deadline, not a threshold, ended the cascade
     queue_s: float  # time spent waiting, all stages
     compute_s: float  # wall time of the batches it took part in
+    confidences: tuple[float, ...]  # at every exit up to its own
 
 
 @dataclass(frozen=True, slots=True)

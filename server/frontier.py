@@ -389,20 +389,21 @@ def _thin(cost: NDArray[np.float64], hits: NDArray[np.int64], limit: int) -> NDA
 
 def evaluate_thresholds(records: Records, thresholds: Sequence[float], stage_gmacs: ArrayLike) -> FrontierRow:
     """What thresholds do to recorded images: E of them, or E-1 (the last is 0). Raises ValueError for another count."""
-    exits, samples = records.correct.shape
+    exits = len(records.correct)
+    taken = exits_taken(records, thresholds)
+    counts = [int(n) for n in np.bincount(taken, minlength=exits)]
+    hits = int(np.take_along_axis(records.correct, taken[None], axis=0).sum())
+    return _row((*map(float, thresholds[: exits - 1]), 0.0), counts, hits, np.asarray(stage_gmacs, dtype=np.float64))
+
+
+def exits_taken(records: Records, thresholds: Sequence[float]) -> NDArray[np.intp]:
+    """(N,) where thresholds let each recorded image out: the first exit from 0 on that is sure. Raises as above."""
+    exits = len(records.correct)
     if len(thresholds) not in (exits - 1, exits):
         raise ValueError(f"{len(thresholds)} thresholds for {exits} exits")
-    inside = np.ones(samples, dtype=bool)
-    counts, hits = [], 0
-    for stage in range(exits):
-        leaves = inside.copy()
-        if stage < exits - 1:
-            # Widened: the numbers are compared as they are, neither is rounded.
-            leaves &= records.confidence[stage].astype(np.float64) >= thresholds[stage]
-        counts.append(int(leaves.sum()))
-        hits += int(records.correct[stage, leaves].sum())
-        inside &= ~leaves
-    return _row((*map(float, thresholds[: exits - 1]), 0.0), counts, hits, np.asarray(stage_gmacs, dtype=np.float64))
+    # Widened: the numbers are compared as they are, neither is rounded.
+    sure = records.confidence.astype(np.float64) >= np.asarray(thresholds[: exits - 1], dtype=np.float64)[:, None]
+    return np.where(sure.any(axis=0), sure.argmax(axis=0), exits - 1)
 
 
 def _mean_cost(counts: Sequence[ArrayLike], samples: int, costs: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from server.frontier import Certificate, FrontierRow, Records
+from server.frontier import Certificate, FrontierRow, Records, exits_taken
 
 _SEED = 0
 
@@ -52,10 +52,8 @@ def certify(
 
 def losses(records: Records, thresholds: Sequence[float]) -> NDArray[np.int8]:
     """Per image, what leaving early loses against the last exit: -1, 0 or 1."""
-    reached = records.confidence.astype(np.float64) >= np.asarray(thresholds[: len(records.confidence)])[:, None]
-    exits = np.where(reached.any(axis=0), reached.argmax(axis=0), len(records.confidence))
     correct = records.correct.astype(np.int8)
-    taken = np.take_along_axis(correct, exits[None], axis=0)[0]
+    taken = np.take_along_axis(correct, exits_taken(records, thresholds)[None], axis=0)[0]
     difference: NDArray[np.int8] = correct[-1] - taken
     return difference
 

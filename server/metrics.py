@@ -25,7 +25,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from server.confidence_sequence import Interval
 from server.core import ImageResult, OperatingPoint
+from server.drift import DriftState
 from server.profile import LiveProfile
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time beside every series would make half of each scrape
@@ -33,6 +35,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time be
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 REASONS = ("disconnect", "deadline", "overloaded", "engine_failed", "shutdown")  # of Observer.image_abandoned
+AUDIT_REASONS = ("full", "outdated", "engine_failed")  # of Metrics.audit_dropped
 
 # From a tenth of a millisecond (a queue that is empty) to the largest sensible deadline.
 SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -105,6 +108,20 @@ class Metrics:
             ["stage"],
             registry=self.registry,
         )
+        self._audited = Counter(
+            "dvt_audited_images", "Images whose answer was held against the last exit's.", registry=self.registry
+        )
+        self._audit_disagreements = Counter(
+            "dvt_audit_disagreements",
+            "Of those: the last exit gave another class.",
+            registry=self.registry,
+        )
+        audits_dropped = Counter(
+            "dvt_audits_dropped",
+            "Images chosen for an audit and not audited.",
+            ["reason"],
+            registry=self.registry,
+        )
         ProcessCollector(registry=self.registry)
 
         # Children are looked up once: `labels()` costs more than the increment. It also makes every series exist from
@@ -115,6 +132,7 @@ class Metrics:
             for degraded in (False, True)
         }
         self._abandoned_children = {reason: abandoned.labels(reason) for reason in REASONS}
+        self._audits_dropped_children = {reason: audits_dropped.labels(reason) for reason in AUDIT_REASONS}
         self._stage_children = {
             int(stage): (
                 batch_seconds.labels(stage),
@@ -172,6 +190,16 @@ class Metrics:
     def image_abandoned(self, reason: str) -> None:
         self._abandoned_children[reason].inc()
 
+    # What the auditor tells
+
+    def audited(self, images: int, disagreements: int) -> None:
+        self._audited.inc(images)
+        self._audit_disagreements.inc(disagreements)
+
+    def audit_dropped(self, reason: str, images: int) -> None:
+        """`reason`: "full" (too many are pending), "outdated" (the budget has changed) or "engine_failed"."""
+        self._audits_dropped_children[reason].inc(images)
+
     # What is read when Prometheus asks
 
     def watch(
@@ -186,6 +214,9 @@ class Metrics:
         profile: Callable[[], LiveProfile | None],
         arrival_rate: Callable[[], float],
         pressure: Callable[[], float],
+        audits_pending: Callable[[], int],
+        accuracy_gap: Callable[[], Interval],
+        drift: Callable[[], DriftState],
     ) -> None:
         """Say where the live figures are to be read. Called once, when the parts have been built."""
         self._live.sources = {
@@ -198,6 +229,9 @@ class Metrics:
             "profile": profile,
             "arrival_rate": arrival_rate,
             "pressure": pressure,
+            "audits_pending": audits_pending,
+            "accuracy_gap": accuracy_gap,
+            "drift": drift,
         }
 
     def render(self) -> bytes:
@@ -249,6 +283,25 @@ class _Live(Collector):
         yield fixed
         yield image
 
+        gap = GaugeMetricFamily(
+            "dvt_audit_accuracy_gap",
+            "What leaving early costs in accuracy: estimate and bounds.",
+            labels=["bound"],
+        )
+        estimate: Interval | None = now.get("accuracy_gap")
+        if estimate is not None and estimate.mean is not None:
+            for bound in ("mean", "low", "high"):
+                gap.add_metric([bound], getattr(estimate, bound))
+        yield gap
+
+        z = GaugeMetricFamily(
+            "dvt_drift_z", "Share of images that leave here against calibration, in standard errors.", labels=["exit"]
+        )
+        drift: DriftState | None = now.get("drift")
+        for exit_, errors in enumerate((drift and drift.z) or (), start=1):
+            z.add_metric([str(exit_)], errors)
+        yield z
+
         for name, help_, value in (
             ("dvt_budget_version", "Version of the operating point in force.", point.version if point else None),
             ("dvt_arrival_rate", "Images that are asked for in a second, refused or not.", now.get("arrival_rate")),
@@ -256,6 +309,17 @@ class _Live(Collector):
             ("dvt_slots_in_use", "Images whose reuse state is kept between stages.", now.get("slots_in_use")),
             ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),
             ("dvt_held_bytes", "Bytes of request bodies in memory.", now.get("held_bytes")),
+            ("dvt_audits_pending", "Images of answered requests that wait to be audited.", now.get("audits_pending")),
+            (
+                "dvt_drift_psi",
+                "Population stability index of confidence at exit 1 against the calibration images.",
+                drift.psi if drift else None,
+            ),
+            (
+                "dvt_drift_alarm",
+                "1 while traffic differs from the calibration images.",
+                drift.alarm if drift else None,
+            ),
             ("dvt_ready", "1 when the server is warmed up and not draining.", now.get("ready")),
         ):
             family = GaugeMetricFamily(name, help_)

@@ -7,7 +7,7 @@ together.
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import dataclasses
 import hmac
 import math
 import re
@@ -24,10 +24,12 @@ from starlette.responses import Response
 
 from server import metrics
 from server.bodies import BodyLimits, read_images, read_json
-from server.budget import TARGETS
-from server.core import Answer, ImageResult
+from server.budget import TARGETS, BudgetState
+from server.core import Answer, ImageResult, Pixels
 from server.edge import WhileConnected
 from server.errors import Forbidden, InvalidRequest, NotReady, Unauthorized, VersionMismatch
+from server.places import place_of
+from server.preview import preview
 from server.scheduler import HIGH, LOW, NORMAL, Priority
 
 if TYPE_CHECKING:
@@ -126,6 +128,7 @@ async def classify(request: Request) -> Response:
         max_timeout_ms=settings.max_timeout_ms,
         exits=service.exits,
     )
+    request_id = request.scope["state"]["request_id"]
     with service.intake.enter() as visit:
         encoded = await read_images(
             dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold, service.decoder.run
@@ -143,23 +146,29 @@ async def classify(request: Request) -> Response:
                 max_exit=ask.max_exit,
                 min_confidence=ask.min_confidence,
                 priority=ask.priority,
-                place=place_of(request.scope["state"]["request_id"]),
+                place=place_of(request_id, "mix"),
             )
     decode_s, total_s = decoded - arrived, clock() - arrived
     # When the answer is on its way, not before.
-    asyncio.get_running_loop().call_soon(_record, service, answer, decode_s, total_s, ask.steered)
+    asyncio.get_running_loop().call_soon(_record, service, request_id, pixels, answer, decode_s, total_s, ask.steered)
     return json_response(shape_answer(service, answer, ask.top_k, decode_s, total_s))
 
 
-def place_of(request_id: str) -> float:
-    """A hash of the id as a number in [0, 1), the same on every replica."""
-    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=6).digest()) / 2**48
-
-
-def _record(service: Service, answer: Answer, decode_s: float, total_s: float, steered: bool) -> None:
+def _record(
+    service: Service,
+    request_id: str,
+    pixels: Sequence[Pixels],
+    answer: Answer,
+    decode_s: float,
+    total_s: float,
+    steered: bool,
+) -> None:
     service.metrics.decoded(decode_s)
+    service.drift.observe(answer, steered)
     for result in answer.results:
         service.budget.observe(result, total_s, steered)
+    if not steered:
+        service.audit.offer(request_id, pixels, answer)
 
 
 def shape_answer(service: Service, answer: Answer, top_k: int, decode_s: float, total_s: float) -> dict[str, Any]:
@@ -204,20 +213,34 @@ def predictions(result: ImageResult, labels: Sequence[str], top_k: int) -> list[
 
 
 async def get_budget(request: Request) -> Response:
-    return _budget_response(_service(request).budget.state())
+    service = _service(request)
+    return _budget_response(service, service.budget.state())
 
 
 async def put_budget(request: Request) -> Response:
     service = _service(request)
     _authorise(request, service.control_token)
-    document = await read_json(dict(request.scope["headers"]), request.receive, _BUDGET_LIMITS)
-    if not isinstance(document, dict):
-        raise InvalidRequest('The body must be an object such as {"gmacs": 0.03}')
-    target, hold, mix = _target(document)
+    target, hold, mix = await _read_target(request)
     if_match = _if_match(request.headers.get("if-match"), service.budget.point.version)
     state = await service.budget.put(target, hold, if_match, mix=mix)
     service.note_budget(state, request.client, request.scope["state"]["request_id"])
-    return _budget_response(state)
+    return _budget_response(service, state)
+
+
+async def preview_budget(request: Request) -> Response:
+    """No token, also where PUT asks for one: it changes nothing, and tells no more than GET /budget and /frontier."""
+    service = _service(request)
+    target, hold, mix = await _read_target(request)
+    solution = service.budget.solve(target, hold, mix)
+    found = preview(service.bundle.frontier, solution, service.budget.point, service.drift.confidences())
+    return json_response(found, {"cache-control": "no-store"})
+
+
+async def _read_target(request: Request) -> tuple[dict[str, Any], str, bool]:
+    document = await read_json(dict(request.scope["headers"]), request.receive, _BUDGET_LIMITS)
+    if not isinstance(document, dict):
+        raise InvalidRequest('The body must be an object such as {"gmacs": 0.03}')
+    return _target(document)
 
 
 def _target(document: dict[str, Any]) -> tuple[dict[str, Any], str, bool]:
@@ -251,8 +274,9 @@ def _authorise(request: Request, token: str | None) -> None:
         raise Forbidden("The bearer token is not the one that is set")
 
 
-def _budget_response(state: Any) -> Response:
-    return json_response(state, {"etag": f'"{state.version}"', "cache-control": "no-store"})
+def _budget_response(service: Service, state: BudgetState) -> Response:
+    body = {**dataclasses.asdict(state), "audit": service.audit.state(), "drift": service.drift.state()}
+    return json_response(body, {"etag": f'"{state.version}"', "cache-control": "no-store"})
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------

@@ -490,6 +490,7 @@ class Scheduler:
             degraded=degraded,
             queue_s=image.queue_s,
             compute_s=image.compute_s,
+            confidences=tuple(image.confidences),
         )
         image.request.undecided -= 1
 
@@ -567,8 +568,12 @@ class Scheduler:
             raise Overloaded("the deadline cannot be met", retry_after_s=max(1, math.ceil(needed - left)))
 
     def _retry_after_s(self, now: float) -> int:
-        """As long as the oldest new image has waited: a newcomer at the end of a full queue waits about that."""
-        return max([1, *(math.ceil(now - image.since) for image in self._queues[0].heads())])
+        """As long as the oldest new image has waited: a newcomer at the end of a full queue waits about that.
+
+        BACKGROUND is not asked: it may have waited for hours, and nobody waits behind it.
+        """
+        heads = (image for image in self._queues[0].heads() if image.request.priority != BACKGROUND)
+        return max([1, *(math.ceil(now - image.since) for image in heads)])
 
 
 def _thresholds(

@@ -91,6 +91,39 @@ class Observed(_Model):
     latency_ms: Latency
 
 
+class Interval(_Model):
+    """Null before the first audit."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+class Audit(_Model):
+    """What the last exit says of the answers: a share of the requests is completed behind their answer."""
+
+    images: int = Field(description="Audited under this budget.")
+    pending: int = Field(description="Images of requests that are chosen and not yet audited.")
+    agreement: Interval = Field(description="Share to which the last exit gives the class that was answered.")
+    accuracy_gap: Interval = Field(
+        description="How much less probable the last exit finds the class that was answered than its own: the accuracy "
+        "that leaving early costs, where the last exit is calibrated."
+    )
+    confidence: float = Field(description="Of each interval, at all times at once.")
+
+
+class Drift(_Model):
+    """The last images against those of the calibration."""
+
+    images: int = Field(description="How many images this looks back upon.")
+    psi: float | None = Field(description="Of confidence at exit 1, over deciles; above 0.2 it alarms. Null: too few.")
+    z: list[float] | None = Field(
+        description="Per exit, of the share that leaves there; beyond 4 it alarms. Null: too few yet."
+    )
+    alarm: bool
+    reasons: list[Literal["psi", "exit_fractions"]]
+
+
 class Feasible(_Model):
     gmacs: list[float] = Field(min_length=2, max_length=2)
     accuracy: list[float] = Field(min_length=2, max_length=2)
@@ -144,6 +177,26 @@ class Budget(_Model):
     pressure: float = Field(
         ge=0, le=1, description="Share of the target's cost that is given up because the server is overloaded."
     )
+    audit: Audit
+    drift: Drift
+
+
+class Traffic(_Model):
+    """Estimates: calibration records, weighted so that their confidences at exit 1 are distributed as the traffic's."""
+
+    images: int = Field(description="How many images this looks back upon.")
+    target: Predicted = Field(description="Had the budget been in force.")
+    present: Predicted = Field(description="By the thresholds in force.")
+
+
+class Preview(_Model):
+    target: Target
+    hold: Literal["cost", "quality"]
+    clamped: bool = Field(description="The target lies beyond the frontier; its end would be in force.")
+    thresholds: list[float] = Field(description="That the budget would begin with.")
+    mix: Mix | None
+    predicted: Predicted = Field(description="What calibration says of these thresholds.")
+    traffic: Traffic | None = Field(description="Null before the first image, and without calibration records.")
 
 
 class FrontierRow(_Model):
@@ -319,11 +372,27 @@ GET_BUDGET: dict[str, Any] = {
     "openapi_extra": {"parameters": [_REQUEST_ID]},
 }
 
+_BUDGET_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {"$ref": "#/components/schemas/BudgetRequest"},
+            "examples": {
+                "gmacs": {"value": {"gmacs": 0.03}},
+                "mixed": {"value": {"gmacs": 0.03, "mix": True}},
+                "accuracy": {"value": {"accuracy": 0.74, "hold": "quality"}},
+                "latency": {"value": {"latency_ms": 25, "quantile": 0.99}},
+                "thresholds": {"value": {"thresholds": [0.9, 0.7]}},
+            },
+        }
+    },
+}
+
 PUT_BUDGET: dict[str, Any] = {
     "tags": ["budget"],
     "summary": "Set the budget",
-    "description": "Takes effect by the next batch, at once for all, and survives a restart. Latency targets come with "
-    "a later release and are refused with `invalid_request` until then.",
+    "description": "Takes effect by the next batch, at once for all, and survives a restart. A latency is "
+    "solved anew as traffic changes.",
     "response_model": Budget,
     "responses": {
         200: {"headers": _ETAG},
@@ -350,21 +419,23 @@ PUT_BUDGET: dict[str, Any] = {
             },
             _REQUEST_ID,
         ],
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/BudgetRequest"},
-                    "examples": {
-                        "gmacs": {"value": {"gmacs": 0.03}},
-                        "mixed": {"value": {"gmacs": 0.03, "mix": True}},
-                        "accuracy": {"value": {"accuracy": 0.74, "hold": "quality"}},
-                        "thresholds": {"value": {"thresholds": [0.9, 0.7]}},
-                    },
-                }
-            },
-        },
+        "requestBody": _BUDGET_BODY,
     },
+}
+
+PREVIEW_BUDGET: dict[str, Any] = {
+    "tags": ["budget"],
+    "summary": "What a budget would have done to the traffic of late",
+    "description": "Takes what `PUT /budget` takes, and changes nothing.",
+    "response_model": Preview,
+    "responses": _errors(
+        errors.RequestTimeout,
+        errors.BodyTooLarge,
+        errors.UnsupportedMediaType,
+        errors.InvalidRequest,
+        errors.BudgetInfeasible,
+    ),
+    "openapi_extra": {"parameters": [_REQUEST_ID], "requestBody": _BUDGET_BODY},
 }
 
 FRONTIER: dict[str, Any] = {

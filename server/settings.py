@@ -143,6 +143,12 @@ class Settings(BaseSettings):
 
     # What it answers
     top_k: int = Field(5, ge=1, description="Predictions per image where the request names no `top_k`.")
+    audit_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of the requests that are held against the last exit, behind their answer; 0 audits none.",
+    )
     control_token_file: Path | None = Field(
         None, description="File with a bearer token that `PUT /budget` then asks for; by default none is asked."
     )

@@ -28,8 +28,10 @@ from server.settings import Settings
 GMACS = (0.01, 0.03, 0.08)
 LABELS = tuple(f"label{number}" for number in range(10))
 SIDE = 8
-# Nothing is kept, and nothing measured: the engine's record is the test's alone.
-DEFAULTS: dict[str, Any] = {"state_dir": None, "executors": 1, "decode_threads": 2, "profile_seconds": 0}
+# Nothing is kept, measured or audited: the engine's record is the test's alone.
+DEFAULTS: dict[str, Any] = {
+    "state_dir": None, "executors": 1, "decode_threads": 2, "profile_seconds": 0, "audit_fraction": 0
+}  # fmt: skip
 
 
 def png(pixels: Pixels) -> bytes:

@@ -44,7 +44,7 @@ def frontier() -> Frontier:
 
 
 def result(exit: int, degraded: bool = False) -> ImageResult:
-    return ImageResult(NO_PROBABILITIES, exit, 0.9, degraded, queue_s=0.0, compute_s=0.0)
+    return ImageResult(NO_PROBABILITIES, exit, 0.9, degraded, queue_s=0.0, compute_s=0.0, confidences=(0.9,) * exit)
 
 
 def serve(budget: BudgetController, confidence: NDArray[np.float32], **kwargs: Any) -> NDArray[np.float64]:

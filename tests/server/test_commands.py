@@ -65,6 +65,7 @@ def test_all_commands_of_the_server_are_there(dvt: Run) -> None:
         (["budget", "gmacs=1", "--hold", "x"], 2, "cost or quality"),
         (["budget", "--mix"], 2, "--mix goes with gmacs=N"),
         (["budget", "accuracy=0.5", "--mix"], 2, "--mix goes with gmacs=N"),
+        (["budget", "--preview"], 2, "--preview needs a TARGET"),
         (["serve", "no-such-folder", "--port", "0"], 2, "no-such-folder: no such folder"),
         (["serve", "--port", "70000"], 2, "DVT_PORT"),
         (["profile", "no-such-folder"], 1, "no-such-folder: no such folder"),
@@ -147,6 +148,12 @@ async def test_classify_and_budget_ask_a_running_server(
         status, out, _ = await ask("budget", "gmacs=0.03", "--mix")
         assert status == 0
         assert re.search(r"^mix         [0-9.]+ % of the requests by thresholds ", out, re.MULTILINE) is not None, out
+        status, out, _ = await ask("budget", "gmacs=0.05", "--preview")
+        assert status == 0
+        assert "target      gmacs=0.05, hold cost" in out
+        assert "estimated for the last" in out
+        assert "at present  accuracy" in out
+        assert "target      gmacs=0.03" in (await ask("budget"))[1], "nothing was applied"
 
         status, _, err = await ask("budget", "gmacs=0.000001")
         assert status == 1

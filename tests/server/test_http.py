@@ -18,8 +18,9 @@ from server import commands, schemas
 from server.app import create_app
 from server.bundle import Bundle
 from server.core import StageBatch, StageOutput
+from server.drift import ENOUGH
 from server.engines.fake import FakeEngine
-from server.routes import place_of
+from server.places import place_of
 from server.settings import Settings
 
 Photo = Callable[..., bytes]
@@ -48,6 +49,12 @@ def in_json(*files: bytes) -> bytes:
 
 def form(*files: bytes, name: str = "image") -> list[tuple[str, tuple[str, bytes, str]]]:
     return [(name, (f"{index}.png", file, "image/png")) for index, file in enumerate(files)]
+
+
+async def audits_done(served: Any) -> None:
+    """Wait until no audit is under way."""
+    while (task := served.service.audit._task) is not None:
+        await asyncio.wait([task])
 
 
 class TestAnswers:
@@ -333,6 +340,53 @@ class TestBudget:
         assert body["observed"]["images"] == 1
         assert body["observed"]["exit_fractions"] == [1.0, 0.0, 0.0]
 
+    async def test_audits_go_on_behind_the_answers_and_start_anew_with_a_budget(self, serve: Any, photo: Photo) -> None:
+        async with serve(audit_fraction=1) as served:
+            early = photo(SURE, SURE, 10, klass=3)  # the last exit gives another class
+            for params in ({}, {"max_exit": 1}, {"min_confidence": 0.2}):
+                assert (await served.classify(early, params=params)).json()["results"][0]["exit"] == 1
+            await audits_done(served)
+            body = (await served.http.get("/budget")).json()
+            schemas.Budget.model_validate(body, strict=True)
+            assert (body["audit"]["images"], body["audit"]["pending"]) == (1, 0), (
+                "of steered requests there is no audit"
+            )
+            assert body["audit"]["agreement"]["mean"] == 0
+            assert body["audit"]["accuracy_gap"]["low"] == 0 < body["audit"]["accuracy_gap"]["mean"]
+            assert body["observed"]["images"] == 3
+            assert await served.metric("dvt_images_total", exit="1", degraded="false") == 3
+            assert await served.metric("dvt_images_total", exit="3", degraded="false") == 0
+            assert await served.metric("dvt_audited_images_total") == 1
+            assert await served.metric("dvt_audit_accuracy_gap", bound="mean") == body["audit"]["accuracy_gap"]["mean"]
+            audit = (await served.http.put("/budget", json={"gmacs": 0.03})).json()["audit"]
+            assert (audit["images"], audit["agreement"]) == (0, {"mean": None, "low": None, "high": None})
+
+    async def test_an_audit_does_not_hold_up_the_end(self, serve: Any, engine: FakeEngine, photo: Photo) -> None:
+        async with serve(audit_fraction=1) as served:
+            engine.gates[2].clear()
+            await served.classify(photo(SURE))
+            for _ in range(3):  # the answer's batch, and the audit's first two
+                await asyncio.to_thread(engine.began.acquire)
+            await asyncio.wait_for(served.service.drain(30), 10)
+            assert await served.metric("dvt_images_abandoned_total", reason="disconnect") == 0
+
+    async def test_drift_is_told_once_there_are_images_enough(self, serve: Any, photo: Photo) -> None:
+        async with serve() as served:
+            body = in_json(*[photo(SURE)] * 64)
+            for _ in range(ENOUGH // 64):
+                await served.classify(body, "application/json")
+            drift = (await served.http.get("/budget")).json()["drift"]
+            assert drift == {"images": 448, "psi": None, "z": None, "alarm": False, "reasons": []}
+            await served.classify(body, "application/json")
+            state = (await served.http.get("/budget")).json()
+            schemas.Budget.model_validate(state, strict=True)
+            assert state["drift"]["reasons"] == ["psi", "exit_fractions"]
+            assert await served.metric("dvt_drift_alarm") == 1
+            assert await served.metric("dvt_drift_z", exit="1") == state["drift"]["z"][0] > 4
+            # The confidences are as far off as before; where images leave is judged anew.
+            other = (await served.http.put("/budget", json={"gmacs": 0.03})).json()["drift"]
+            assert (other["psi"], other["z"], other["reasons"]) == (state["drift"]["psi"], None, ["psi"])
+
     @pytest.mark.parametrize("target", [{"gmacs": 0.03}, {"accuracy": 0.6}, {"thresholds": [0.9, 0.7]}])
     async def test_each_target_can_be_set(self, served: Any, target: dict[str, Any]) -> None:
         response = await served.http.put("/budget", json={**target, "hold": "quality"})
@@ -407,7 +461,7 @@ class TestBudget:
                 answer = (await served.classify(in_json(image, image), "application/json", headers=headers)).json()
                 exits = {result["exit"] for result in answer["results"]}
                 assert len(exits) == 1, "two images of one request"
-                leaves[place_of(f"id-{number}") < mix["share"]] |= exits
+                leaves[place_of(f"id-{number}", "mix") < mix["share"]] |= exits
         assert leaves == {True: {stage + 2}, False: {stage + 1}}
 
     async def test_only_json_is_taken_and_little_of_it(self, served: Any) -> None:
@@ -440,6 +494,45 @@ class TestBudget:
             right = await served.http.put("/budget", json={"gmacs": 0.05}, headers={"authorization": "Bearer s3cret"})
             assert right.status_code == 200
             assert (await served.http.get("/budget")).status_code == 200
+
+
+class TestPreview:
+    async def test_it_tells_what_a_budget_would_have_done_and_applies_nothing(self, served: Any, photo: Photo) -> None:
+        for file in (photo(SURE), photo(UNSURE, SURE)):
+            await served.classify(file)
+        before = await served.http.get("/budget")
+        response = await served.http.post("/budget/preview", json={"gmacs": 0.03, "hold": "quality"})
+        assert response.status_code == 200, response.text
+        body = response.json()
+        schemas.Preview.model_validate(body, strict=True)
+        assert (body["target"], body["hold"], body["clamped"]) == ({"gmacs": 0.03}, "quality", False)
+        assert body["traffic"]["images"] == 2
+        assert body["traffic"]["present"]["exit_fractions"][0] == pytest.approx(0.5, abs=0.02)
+        after = await served.http.get("/budget")
+        assert (after.json(), after.headers["etag"]) == (before.json(), before.headers["etag"])
+        put = (await served.http.put("/budget", json={"gmacs": 0.03, "hold": "quality"})).json()
+        assert [put[name] for name in ("target", "hold", "clamped", "thresholds", "predicted")] == [
+            body[name] for name in ("target", "hold", "clamped", "thresholds", "predicted")
+        ]
+
+    async def test_before_the_first_image_there_is_no_traffic(self, served: Any) -> None:
+        body = (await served.http.post("/budget/preview", json={"thresholds": [0.9, 0.8]})).json()
+        schemas.Preview.model_validate(body, strict=True)
+        assert body["traffic"] is None
+
+    async def test_it_refuses_what_put_refuses(self, served: Any) -> None:
+        infeasible = await served.http.post("/budget/preview", json={"gmacs": 1e-6})
+        assert problem_of(infeasible, 422, "budget_infeasible")["feasible"]
+        for body in ({}, {"gmacs": "x"}, [], {"gmac": 1}):
+            problem_of(await served.http.post("/budget/preview", json=body), 422, "invalid_request")
+        problem_of(await served.http.post("/budget/preview", content=b"{}"), 415, "unsupported_media_type")
+        problem_of(await served.http.get("/budget/preview"), 405, "method_not_allowed")
+
+    async def test_it_asks_for_no_token(self, serve: Any, tmp_path: Path) -> None:
+        token = tmp_path / "token"
+        token.write_text("s3cret\n")
+        async with serve(control_token_file=token) as served:
+            assert (await served.http.post("/budget/preview", json={"gmacs": 0.05})).status_code == 200
 
 
 class TestTheRest:

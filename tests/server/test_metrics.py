@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.confidence_sequence import Interval
 from server.core import ImageResult, OperatingPoint
+from server.drift import DriftState
 from server.metrics import Metrics
 from server.profile import LatencyProfile, LiveProfile
 
@@ -21,7 +23,9 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def result(exit_: int, degraded: bool = False) -> ImageResult:
-    return ImageResult(np.zeros(2, np.float32), exit_, 0.9, degraded, queue_s=0.002, compute_s=0.004)
+    return ImageResult(
+        np.zeros(2, np.float32), exit_, 0.9, degraded, queue_s=0.002, compute_s=0.004, confidences=(0.9,) * exit_
+    )
 
 
 def test_mean_batch_fill_is_one_division(metrics: Metrics) -> None:
@@ -66,6 +70,9 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
         profile=lambda: LiveProfile(LatencyProfile.lines([0.001, 0.0, 0.0], [0.002, 0.003, 0.004])),
         arrival_rate=lambda: 12.5,
         pressure=lambda: 0.25,
+        audits_pending=lambda: 5,
+        accuracy_gap=lambda: Interval(0.01, 0.004, 0.02),
+        drift=lambda: DriftState(9000, 0.25, (4.5, -1.0, 0.0), True, ("psi", "exit_fractions")),
     )
     slots = 3
     assert value(metrics, "dvt_arrival_rate") == 12.5
@@ -77,6 +84,39 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
     assert value(metrics, "dvt_ready") == 1
     assert value(metrics, "dvt_profile_fixed_seconds", stage="1") == pytest.approx(0.001)
     assert value(metrics, "dvt_profile_image_seconds", stage="3") == pytest.approx(0.004)
+    assert value(metrics, "dvt_audits_pending") == 5
+    assert [value(metrics, "dvt_audit_accuracy_gap", bound=b) for b in ("mean", "low", "high")] == [0.01, 0.004, 0.02]
+    assert (value(metrics, "dvt_drift_psi"), value(metrics, "dvt_drift_alarm")) == (0.25, 1)
+    assert value(metrics, "dvt_drift_z", exit="2") == -1
+
+
+def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
+    metrics.watch(
+        queue_depths=dict,
+        slots_in_use=lambda: 0,
+        requests_in_flight=lambda: 0,
+        held_bytes=lambda: 0,
+        point=lambda: OperatingPoint(1, (0.5, 0.0)),
+        ready=lambda: True,
+        profile=lambda: None,
+        arrival_rate=lambda: 0.0,
+        pressure=lambda: 0.0,
+        audits_pending=lambda: 0,
+        accuracy_gap=lambda: Interval(None, None, None),
+        drift=lambda: DriftState(0, None, None, False, ()),
+    )
+    assert value(metrics, "dvt_audit_accuracy_gap", bound="mean") is None
+    assert value(metrics, "dvt_drift_psi") is None
+    assert value(metrics, "dvt_drift_z", exit="1") is None
+    assert value(metrics, "dvt_drift_alarm") == 0
+
+
+def test_audits_are_counted_by_image(metrics: Metrics) -> None:
+    metrics.audited(8, 3)
+    metrics.audit_dropped("full", 64)
+    assert value(metrics, "dvt_audited_images_total") == 8
+    assert value(metrics, "dvt_audit_disagreements_total") == 3
+    assert value(metrics, "dvt_audits_dropped_total", reason="full") == 64
 
 
 def test_the_text_is_what_prometheus_parses_and_every_metric_is_explained(metrics: Metrics) -> None:
