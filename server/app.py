@@ -41,7 +41,7 @@ from server.loops import Brownout
 from server.metrics import Metrics
 from server.policy import DeepestRipe
 from server.profile import LiveProfile
-from server.profiling import profile_at_start
+from server.profiling import kept_profile, profile_at_start
 from server.scheduler import Scheduler
 from server.settings import Settings, SettingsError
 from server.store import FileStore, MemoryStore, PolicyStore
@@ -79,12 +79,12 @@ class Service:
         self.metrics = Metrics(
             model=manifest.name, version=manifest.version, release=release(), stage_gmacs=manifest.stage_gmacs
         )
-        batch_sizes = _batch_sizes(settings, engine)
-        self.machine = Machine(bundle.frontier.rows, batch_sizes, settings.executors)
+        self.batch_sizes = _batch_sizes(settings, bundle, engine)
+        self.machine = Machine(bundle.frontier.rows, self.batch_sizes, settings.executors)
         self.budget = BudgetController(bundle.frontier, _store(settings, bundle), machine=self.machine)
         self.scheduler = Scheduler(
             self.budget.point,
-            max_batch_sizes=batch_sizes,
+            max_batch_sizes=self.batch_sizes,
             max_queued_images=settings.max_queued_images,
             max_slots=settings.max_slots,
             executors=settings.executors,
@@ -128,7 +128,7 @@ class Service:
         )
         # What does not change is written once.
         self.frontier_document = orjson.dumps(_describe_frontier(bundle, bundle.frontier.rows))
-        self.model_document = orjson.dumps(_describe_model(settings, bundle, engine))
+        self.model_document = orjson.dumps(_describe_model(settings, bundle, engine, self.batch_sizes))
 
     # -- what the routes ask
 
@@ -215,9 +215,9 @@ class Service:
         )
         if profile is not None:
             self.machine.profile = LiveProfile(profile)
-            seconds, batch_sizes = self.machine.profile.seconds, _batch_sizes(self.settings, self.engine)
-            self.scheduler.learn(seconds, DeepestRipe(seconds, batch_sizes))
-            image_seconds = profile.image_seconds(batch_sizes)
+            seconds = self.machine.profile.seconds
+            self.scheduler.learn(seconds, DeepestRipe(seconds, self.batch_sizes))
+            image_seconds = profile.image_seconds(self.batch_sizes)
             rows = with_ms(self.bundle.frontier.rows, [1000 * s for s in image_seconds])
             self.frontier_document = orjson.dumps(_describe_frontier(self.bundle, rows))
         self.phase = Phase.SERVING
@@ -335,8 +335,13 @@ def _store(settings: Settings, bundle: Bundle) -> PolicyStore:
     return FileStore(settings.state_dir / f"budget-{bundle.manifest.version}.json")
 
 
-def _batch_sizes(settings: Settings, engine: Engine) -> tuple[int, ...]:
-    sizes = settings.max_batch_sizes or engine.max_batch_sizes
+def _batch_sizes(settings: Settings, bundle: Bundle, engine: Engine) -> tuple[int, ...]:
+    """As set; else as the bundle's profile says that they pay here, where it has one (a short profile of the start is
+    too noisy for that); else as the engine says."""
+    if settings.max_batch_sizes is None:
+        kept = kept_profile(bundle, engine, settings.executors)
+        return engine.max_batch_sizes if kept is None else kept.sizes_that_pay()
+    sizes = settings.max_batch_sizes
     if len(sizes) != engine.num_stages:
         raise SettingsError(
             f"bad setting DVT_MAX_BATCH_SIZES: {len(sizes)} sizes, but the model has {engine.num_stages} stages"
@@ -368,7 +373,7 @@ def _describe_frontier(bundle: Bundle, rows: Sequence[FrontierRow]) -> dict[str,
     }
 
 
-def _describe_model(settings: Settings, bundle: Bundle, engine: Engine) -> dict[str, Any]:
+def _describe_model(settings: Settings, bundle: Bundle, engine: Engine, batch_sizes: Sequence[int]) -> dict[str, Any]:
     manifest = bundle.manifest
     return {
         "name": manifest.name,
@@ -383,7 +388,7 @@ def _describe_model(settings: Settings, bundle: Bundle, engine: Engine) -> dict[
         "engine": {
             "name": type(engine).__module__.rpartition(".")[2],
             "executors": settings.executors,
-            "max_batch_sizes": _batch_sizes(settings, engine),
+            "max_batch_sizes": batch_sizes,
         },
         "preprocessing": manifest.preprocessing.model_dump(mode="json"),
     }

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 FORMAT_VERSION = 1
+PAYS = 0.95  # of the best speed
 TOLERANCE = 0.10  # a straight line that is off by more than this is not used
 
 _WEIGHT = 1 / 32  # of one batch in a live correction: half of a change is learnt in 22 batches
@@ -111,6 +112,14 @@ class LatencyProfile:
 
     def seconds(self, stage: int, batch: int) -> float:
         return self.stages[stage - 1].seconds(batch)
+
+    def sizes_that_pay(self) -> tuple[int, ...]:
+        """By stage the smallest measured batch that is nearly as fast an image as the best: larger ones only wait."""
+        sizes = []
+        for stage in self.stages:
+            speeds = [size / seconds for size, seconds in zip(stage.batches, stage.p50, strict=True)]
+            sizes.append(next(n for n, speed in zip(stage.batches, speeds, strict=True) if speed >= PAYS * max(speeds)))
+        return tuple(sizes)
 
     def image_seconds(self, batches: Sequence[int]) -> tuple[float, ...]:
         """Of one image in each stage, in a batch of the size given for the stage."""

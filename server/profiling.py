@@ -112,12 +112,11 @@ def profile_at_start(bundle: Bundle, engine: Engine, *, executors: int, seconds:
 
     None where `seconds` is 0, or where the engine cannot be measured: a server starts all the same. Engine: warm, idle.
     """
+    if (kept := kept_profile(bundle, engine, executors)) is not None:
+        return kept
     here = identify(bundle, engine, executors)
     if bundle.profile is not None and bundle.profile.identity is not None:
-        misfit = bundle.profile.identity.misfit(here)
-        if misfit is None:
-            return bundle.profile
-        log.info("the bundle's latency profile was measured with %s", misfit)
+        log.info("the bundle's latency profile was measured with %s", bundle.profile.identity.misfit(here))
     if seconds == 0:
         return None
     began = time.monotonic()
@@ -128,6 +127,14 @@ def profile_at_start(bundle: Bundle, engine: Engine, *, executors: int, seconds:
         return None
     log.info("measured a latency profile in %.1f s; a better one: dvt profile", time.monotonic() - began)
     return LatencyProfile(stages, here)
+
+
+def kept_profile(bundle: Bundle, engine: Engine, executors: int) -> LatencyProfile | None:
+    """The bundle's profile, where it is one for this engine here."""
+    if bundle.profile is None or bundle.profile.identity is None:
+        return None
+    fits = bundle.profile.identity.misfit(identify(bundle, engine, executors)) is None
+    return bundle.profile if fits else None
 
 
 def profile_bundle(path: Path, *, executors: int | None, seconds: float) -> LatencyProfile:

@@ -83,7 +83,7 @@ class Settings(BaseSettings):
         description="Threads that run the engine; by default one per usable core.",
     )
     max_batch_sizes: Annotated[tuple[int, ...] | None, NoDecode] = Field(
-        None, description="Largest batch per stage, e.g. `16,8,4`; by default what the engine says pays."
+        None, description="Largest batch per stage, e.g. `16,8,4`; by default what pays by `dvt profile` or the engine."
     )
     profile_seconds: float = Field(
         1.0,

@@ -185,3 +185,9 @@ class TestLiveProfile:
         live = LiveProfile(measured())
         live.observe(1, 8, 0.0)
         assert live.seconds(1, 8) == measured().seconds(1, 8)
+
+
+def test_of_batches_that_are_nearly_as_fast_the_smallest_pays() -> None:
+    cpu = StageCost((1, 2, 4, 8), (0.010, 0.0192, 0.0384, 0.0768), (0.02,) * 4)  # 4 % to be had from larger batches
+    gpu = StageCost((1, 8, 64), (0.004, 0.0042, 0.012), (0.02,) * 3)
+    assert LatencyProfile((cpu, gpu)).sizes_that_pay() == (1, 64)

@@ -16,13 +16,15 @@ import pytest
 from typer.testing import CliRunner
 
 from server.__main__ import build
+from server.app import create_app
 from server.bundle import Bundle
 from server.core import Engine, StageBatch, StageOutput
 from server.engines import load_engine
 from server.engines.fake import FakeEngine
 from server.errors import BundleError
-from server.profile import LatencyProfile
+from server.profile import LatencyProfile, StageCost
 from server.profiling import as_table, identify, measure, profile_at_start
+from server.settings import Settings
 
 FIXED = (0.004, 0.002, 0.0)
 PER_IMAGE = (0.001, 0.003, 0.006)
@@ -253,3 +255,14 @@ class TestAtTheStart:
             assert (await served.http.get("/frontier")).json()["rows"][0]["ms"] is None
             assert (await served.classify(photo(255))).status_code == 200
         assert "no latency profile: the engine failed while it was measured (RuntimeError: told to fail)" in caplog.text
+
+    async def test_batches_are_as_large_as_the_kept_profile_says_that_they_pay(self, bundle: Bundle) -> None:
+        engine = FakeEngine()
+        p50 = ((0.010, 0.020, 0.040), (0.010, 0.040, 0.160), (0.010, 0.020, 0.080))
+        costs = tuple(StageCost((1, 4, 16), seconds, seconds) for seconds in p50)
+        kept = replace(bundle, profile=LatencyProfile(costs, identify(bundle, engine, 2)))
+        for given, sizes in ((None, (16, 1, 4)), ((3, 2, 1), (3, 2, 1))):
+            settings = Settings(state_dir=None, executors=2, max_batch_sizes=given)
+            assert create_app(settings, kept, engine).state.service.batch_sizes == sizes
+        elsewhere = Settings(state_dir=None, executors=3)
+        assert create_app(elsewhere, kept, engine).state.service.batch_sizes == engine.max_batch_sizes
