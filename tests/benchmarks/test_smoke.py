@@ -159,3 +159,11 @@ def test_an_overload_is_told_by_its_outcomes(run: Run) -> None:
 def test_ways_to_serve_are_compared_in_turn(run: Run) -> None:
     results = run("goodput", "policies", "--seconds", "0.3", "--rounds", "1", "--steps", "1", "--deadline-ms", "2000")
     assert {"server_rates", "no_exit_rates", "fixed_delay_2_ms_rates"} <= results["figures"].keys()
+
+
+def test_deciding_costs_little_more_with_many_queued_and_no_swap_is_torn(run: Run) -> None:
+    arguments = ("--queued", "50", "500", "--decide", "300", "--rounds", "1", "--swaps", "300")
+    results = run("hot_path", *arguments)
+    assert results["broken"] == []
+    assert results["figures"]["us_at_500"] > 0
+    assert results["figures"]["looked"] > 0
