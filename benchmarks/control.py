@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks import arrivals, cascades
 from benchmarks.harness import RESULTS, Options, Report, command_line, finish
+from benchmarks.plots import pyplot, save
 from benchmarks.simulate import SAMPLES, profile_of, server
 from benchmarks.virtual import Fate, Setup, Simulation, Ticks, Trace
 from server.budget import BudgetController
@@ -135,16 +136,15 @@ def drift(options: Options) -> Report:
 
 
 def _plot_drift(figures, window: int, path: Path) -> None:  # type: ignore[no-untyped-def]
-    from benchmarks.plots import figure, save
-
-    axes = figure()
+    figure, axes = pyplot().subplots(figsize=(7, 4.2), dpi=150)
+    axes.grid(alpha=0.3)
     for key, label in (("fixed", "thresholds fixed"), ("held", "cost held")):
         offs = figures[f"{key}_windows"]
         axes.plot([(n + 0.5) * window / 1000 for n in range(len(offs))], [100 * o for o in offs], "o-", label=label)
     axes.axhspan(-3, 3, color="0.9")
     axes.set(xlabel="thousand images", ylabel="mean cost of a window off the budget, %")
     axes.legend()
-    save(axes, path)
+    save(figure, path)
 
 
 # --- overload ---------------------------------------------------------------------------------------------------------
@@ -194,9 +194,8 @@ def outcome(trace: Trace) -> dict[str, float]:
 def _plot_overload(  # type: ignore[no-untyped-def]
     traces: dict[str, Trace], times: NDArray[np.float64], pressure: Sequence[tuple[float, float]], path: Path
 ) -> None:
-    from benchmarks.plots import figure, save
-
-    axes = figure()
+    figure, axes = pyplot().subplots(figsize=(7, 4.2), dpi=150)
+    axes.grid(alpha=0.3)
     bins = np.arange(0, times[-1] + 0.1, 0.1)
     every = np.histogram(times, bins)[0]
     for name, trace in traces.items():
@@ -208,7 +207,7 @@ def _plot_overload(  # type: ignore[no-untyped-def]
     axes.plot(bins[:-1], every / every.max(), "k:", lw=1, label="arrivals, of the most")
     axes.set(xlabel="seconds", ylabel="fraction", ylim=(0, 1.05))
     axes.legend(loc="lower left", fontsize=8)
-    save(axes, path)
+    save(figure, path)
 
 
 if __name__ == "__main__":

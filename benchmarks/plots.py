@@ -1,4 +1,4 @@
-"""Plots of benchmarks: one figure, without a display."""
+"""Plots of benchmarks, without a display."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 
-def figure() -> Any:
-    """The axes of a new figure."""
-    import matplotlib
+def pyplot() -> Any:
+    """matplotlib.pyplot; imported where a plot is asked for."""
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
-    axes.grid(alpha=0.3)
-    return axes
+    return pyplot
 
 
-def save(axes: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    axes.figure.tight_layout()
-    axes.figure.savefig(path)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot().close(figure)

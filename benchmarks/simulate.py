@@ -28,6 +28,7 @@ from benchmarks import arrivals, cascades
 from benchmarks.baselines import BASELINES, DELAYS, Contender, fixed_delay, static
 from benchmarks.harness import RESULTS, Options, Report, command_line, finish, fractions
 from benchmarks.offline import thresholds_for
+from benchmarks.plots import pyplot, save
 from benchmarks.virtual import Setup, Simulation, Trace, quantiles
 from server.bundle import Bundle
 from server.frontier import Records
@@ -332,7 +333,7 @@ def one(options: Options) -> Report:
 
 
 def _plot_compare(rows: Sequence[dict[str, Any]], ratios: NDArray[np.float64], path: Path) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=150)
     order = np.argsort(ratios)
     for size, colour in zip(BATCH_SIZES, ("tab:blue", "tab:orange", "tab:green"), strict=True):
@@ -350,11 +351,11 @@ def _plot_compare(rows: Sequence[dict[str, Any]], ratios: NDArray[np.float64], p
     right.set_xlabel("baseline's goodput over the server's policy (whiskers: all)")
     right.grid(alpha=0.3, axis="x")
     figure.suptitle(f"Goodput at {TARGET:.0%} in deadline, {len(rows)} simulated configurations")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _plot_p99(points: Sequence[dict[str, Any]], path: Path) -> None:
-    figure, axes = _pyplot().subplots(figsize=(7, 4.2), dpi=150)
+    figure, axes = pyplot().subplots(figsize=(7, 4.2), dpi=150)
     for name in P99_PROFILES:
         here = [point for point in points if point["profile"] == name]
         axes.plot([p["load"] for p in here], [p["over_law"] for p in here], "o-", ms=4, label=f"{name} (a/b)")
@@ -365,33 +366,17 @@ def _plot_p99(points: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_title("T = sum of fixed costs / (1 - load); Poisson arrivals, batches without a bound")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _plot_maximum(rates: dict[str, float], path: Path) -> None:
-    figure, axes = _pyplot().subplots(figsize=(7, 3.6), dpi=150)
+    figure, axes = pyplot().subplots(figsize=(7, 3.6), dpi=150)
     names = sorted(rates, key=lambda name: rates[name])
     colours = ["tab:blue" if name == SERVER else "tab:gray" for name in names]
     axes.barh(names, [rates[name] for name in names], color=colours)
     axes.set_xlabel(f"images/s at {TARGET:.0%} in deadline")
     axes.grid(alpha=0.3, axis="x")
-    _save(figure, path)
-
-
-def _pyplot() -> Any:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path)
-    _pyplot().close(figure)
+    save(figure, path)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
