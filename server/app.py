@@ -120,7 +120,7 @@ class Service:
             point=lambda: self.budget.point,
             ready=lambda: self.ready,
             profile=lambda: self.machine.profile,
-            arrival_rate=lambda: self.machine.rate.value,
+            arrival_rate=lambda: self.machine.burst.value,
             pressure=lambda: self.budget.pressure,
             audits_pending=lambda: self.audit.state().pending,
             accuracy_gap=lambda: self.audit.state().accuracy_gap,
@@ -168,11 +168,11 @@ class Service:
     def _tick(self) -> None:
         """The loops that need a clock get it while there is traffic: an idle server sleeps."""
         self.budget.tick(self.clock(), self.batcher.load)
-        if self.intake.requests or self.machine.rate.value > _QUIET or self.budget.pressure:
+        if self.intake.requests or self.machine.burst.value > _QUIET or self.budget.pressure:
             self._ticker = asyncio.get_running_loop().call_later(Brownout.TICK, self._tick)
         else:
             self._ticker = None
-            self.machine.rate.rest()
+            self.machine.rest()
 
     def note_budget(self, state: BudgetState, client: object, request_id: str) -> None:
         """The audit line of a change."""

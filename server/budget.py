@@ -34,6 +34,7 @@ Target = Mapping[str, Any]
 
 TARGETS = ("gmacs", "accuracy", "thresholds", "latency_ms")
 DEFAULT_QUANTILE = 0.99
+AIM_BAND = 0.03  # of the mean cost: less is no new aim
 WINDOW = 10_000  # images that `observed` speaks of
 DEFAULT_SLACK = 0.005  # accuracy given up against the knee, where no operator has spoken yet
 
@@ -367,7 +368,7 @@ class BudgetController:
         row, self._ceiling = self._control.tick(now, load, self._row_of(self._wanted()))
         if row is not None and self._loop is not None:
             gmacs = self._gmacs[row]
-            if abs(gmacs - self._aim) > CostLoop.DEAD_BAND * self._aim:
+            if abs(gmacs - self._aim) > AIM_BAND * self._aim:  # else the cost loop would never end a block
                 self._aim = gmacs
                 self._loop.aim_at(gmacs)
         self._apply()

@@ -17,7 +17,8 @@ from server.loops import KAPPA, Brownout, LatencyLoop, Rate, affordable_load, pr
 from server.profile import LiveProfile
 from server.scheduler import Load
 
-RATE_HORIZON = 0.5  # seconds over which arrivals are averaged
+# Seconds over which arrivals are averaged: a latency target follows the load, a brownout every burst.
+RATE_HORIZON, BURST_HORIZON = 3.0, 0.5
 _WEIGHT = 0.02  # of one answer in the running means
 
 
@@ -30,7 +31,7 @@ class Machine:
         fractions = np.array([row.exit_fractions for row in rows])  # (R, E)
         self._reach = fractions[:, ::-1].cumsum(axis=1)[:, ::-1]  # of all images, those that run each stage
         self.profile: LiveProfile | None = None
-        self.rate = Rate(RATE_HORIZON)
+        self.rate, self.burst = Rate(RATE_HORIZON), Rate(BURST_HORIZON)
         self.patience = math.inf  # seconds that requests are given, on average
         self.elsewhere = 0.0  # seconds of an answer that are neither queue nor engine, on average
         self.kappa = KAPPA
@@ -38,8 +39,14 @@ class Machine:
     def arrived(self, images: int, patience: float) -> None:
         """Count a request, also one that will be refused."""
         self.rate.add(images)
+        self.burst.add(images)
         known = self.patience < math.inf
         self.patience = self.patience + _WEIGHT * (patience - self.patience) if known else patience
+
+    def rest(self) -> None:
+        """No traffic: nobody will tick for a while."""
+        self.rate.rest()
+        self.burst.rest()
 
     def stage_seconds(self) -> tuple[float, ...]:
         """Of an image in each stage, in the batch that pays."""
@@ -96,7 +103,7 @@ class Control:
         """(row that the latency target allows, ceiling of the brownout); None where there is no such target or none
         binds. `wanted`: the row that the operator's target asks for."""
         machine = self.machine
-        rate = machine.rate.tick(now)
+        rate, burst = machine.rate.tick(now), machine.burst.tick(now)
         if machine.profile is None:
             return None, None
         costs = machine.costs()
@@ -115,7 +122,7 @@ class Control:
             costs=costs,
             wanted=wanted,
             executors=machine.executors,
-            rate=rate,
+            rate=burst,
             new=load.waiting[0],
             deep=deep,
             horizon=patience / 2,

@@ -41,20 +41,21 @@ def affordable_load(target: float, alone: float, factor: float) -> float:
 
 
 class Rate:
-    """Events per second, exponentially forgotten over `horizon` seconds."""
+    """Events per second, exponentially forgotten over `horizon` seconds; in the beginning their plain mean."""
 
     def __init__(self, horizon: float) -> None:
         self._horizon = horizon
-        self._count = 0
-        self._since: float | None = None
-        self.value = 0.0
+        self.rest()
 
     def add(self, events: int) -> None:
         self._count += events
 
     def rest(self) -> None:
         """Nothing will be ticked for a while: begin anew after it."""
-        self._since, self._count, self.value = None, 0, 0.0
+        self._since: float | None = None
+        self._count = 0
+        self._age = 0.0  # seconds looked at
+        self.value = 0.0
 
     def tick(self, now: float) -> float:
         """Take in what came since the last tick."""
@@ -63,7 +64,8 @@ class Rate:
             return self.value
         passed = now - self._since
         if passed > 0:
-            share = 1 - math.exp(-passed / self._horizon)
+            self._age += passed
+            share = max(1 - math.exp(-passed / self._horizon), passed / self._age)
             self.value += share * (self._count / passed - self.value)
             self._since, self._count = now, 0
         return self.value

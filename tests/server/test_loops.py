@@ -50,6 +50,18 @@ def test_a_rate_follows_what_arrives_and_forgets():
     assert rate.value < 1
 
 
+def test_a_rate_is_the_plain_mean_in_the_beginning_and_after_a_rest():
+    rate = Rate(horizon=10.0)
+    for start in (0.0, 100.0):
+        rate.tick(start)
+        rate.add(30)
+        assert rate.tick(start + 1.0) == pytest.approx(30)
+        rate.add(10)
+        assert rate.tick(start + 2.0) == pytest.approx(20)
+        rate.rest()
+        assert rate.value == 0
+
+
 class TestLatencyLoop:
     def test_a_higher_rate_leaves_less_for_an_image(self):
         loop = LatencyLoop(0.05, 0.99, executors=2)
