@@ -49,9 +49,8 @@ class FixedDelay:
         return None
 
     def wake(self, now: float) -> float:
-        """When to ask again, where nothing else happens before."""
-        del now
-        return self._wake
+        """When to ask again, where nothing else happens before. A head that has gone meanwhile is not waited for."""
+        return self._wake if self._wake > now else math.inf
 
 
 def compacted(setup: Setup) -> tuple[Setup, Policy]:

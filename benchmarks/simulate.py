@@ -63,6 +63,8 @@ PAPER_MIX = MIXES[1]
 P99_PROFILES = ("gpu 6", "gpu 20", "gpu 60")
 LOADS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 LAW = 2.18  # p99 over T
+LARGEST = 16_384  # a batch size that nothing reaches
+CYCLES = 400.0  # of the batching cycle that a run lasts, at least
 WARM_UP = 0.1  # of the images are not looked at: the first find an empty server
 
 
@@ -256,16 +258,22 @@ def _spread(ratios: NDArray[np.float64]) -> str:
 
 def _p99_one(options: Options, case: tuple[str, float]) -> dict[str, Any]:
     name, load = case
-    images = options.images or 300_000
     records = cascades.synthetic(SAMPLES, options.seed)
-    configuration = Configuration(name, math.inf, PAPER_MIX, "poisson", images)  # batches without a bound
-    setup = configuration.setup(records)
+    setup = Configuration(name, math.inf, PAPER_MIX, "poisson", LARGEST).setup(records)
     cycle = sum(stage.fixed for stage in setup.profile.stages) / (1 - load)
-    traffic = Traffic.generate("poisson", images, records, options.seed + 1)
-    trace = run(server, setup, traffic, load / setup.image_s)
+    rate = load / setup.image_s
+    images = options.images or max(30_000, math.ceil(CYCLES * cycle * rate))
+    trace = run(server, setup, Traffic.generate("poisson", images, records, options.seed + 1), rate)
     found = quantiles(trace.latency[int(WARM_UP * images) :])
     assert found is not None
-    return {"profile": name, "load": load, "cycle_s": cycle, **found, "over_law": found["p99"] / (LAW * cycle)}
+    return {
+        "profile": name,
+        "load": load,
+        "images": images,
+        "cycle_s": cycle,
+        **found,
+        "over_law": found["p99"] / (LAW * cycle),
+    }
 
 
 def p99(options: Options) -> Report:
@@ -397,7 +405,7 @@ def _parse(arguments: list[str] | None) -> Options:
     parser.add_argument(
         "--images",
         type=int,
-        help="arrivals of one run (p99: 300000; else as many as 20 deadlines see at capacity, 5000 at least)",
+        help="arrivals of one run (p99: those of 400 cycles; else those of 20 deadlines at capacity)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)

@@ -10,6 +10,8 @@ batches as long as a batch has a fixed cost. A batch is *ripe* at RIPE of the be
 - Once more waits at the first stage than its batches take, cycles no longer grow with the load: then capacity is what
   full batches give. Survivors wait until they are ripe, the deepest ripe stage runs, and if none is, the ripest. The
   switch is at BOUND of a full first-stage batch: halfway through a cycle that much has come of a next batch that fills.
+  Where a full batch through every stage takes longer than requests may, there is no time to gather, and no need: what
+  can still be answered in time fits into a batch.
 - Survivors that are left to ripen are urgent, and go first, when their head could not make its deadline behind the
   other work. A head that cannot make it anyway is not.
 
@@ -41,12 +43,16 @@ class DeepestRipe:
         able = [stage for stage in range(len(views), 0, -1) if views[stage - 1].ready]  # the deepest first
         if not able:
             return None
-        if views[0].waiting <= BOUND * self._sizes[0]:
+        if views[0].waiting <= BOUND * self._sizes[0] or self._cycle() > views[0].deadline - views[0].since:
             return able[0]
         ripeness = {stage: self._ripeness[stage - 1][views[stage - 1].ready] for stage in able}
         chosen = next((stage for stage in able if ripeness[stage] >= RIPE), max(able, key=ripeness.__getitem__))
         busy = self._seconds(chosen, views[chosen - 1].ready)
         return next((stage for stage in able if stage > chosen and self._urgent(views, stage, now, busy)), chosen)
+
+    def _cycle(self) -> float:
+        """Seconds of a full batch through every stage."""
+        return sum(self._seconds(stage, size) for stage, size in enumerate(self._sizes, start=1))
 
     def _urgent(self, views: Sequence[StageView], stage: int, now: float, busy: float) -> bool:
         """Whether the stage's head makes its deadline now and not after `busy` seconds of other work."""

@@ -174,6 +174,13 @@ def test_a_fixed_delay_waits_for_a_full_batch_or_its_end():
     assert trace.queue == pytest.approx([0.01, 0.005, 0.0])
 
 
+def test_a_delay_that_outlasts_the_deadline_loses_the_image_and_ends():
+    setup = replace(SETUP, deadline_s=0.05)
+    trace = Simulation(setup, FixedDelay(0.04, 16), np.array([0.0, 1.0]), np.zeros(2, np.int64)).run()
+    assert trace.fraction(Fate.IN_TIME) == 0
+    assert trace.fraction(Fate.IN_FLIGHT) == 0
+
+
 def test_a_full_server_refuses_and_a_late_image_is_degraded():
     crowded = simulate(replace(SETUP, max_queued_images=4), rate=600)
     assert crowded.fraction(Fate.REFUSED) > 0.2

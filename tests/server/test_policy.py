@@ -42,6 +42,11 @@ def test_survivors_are_gathered_once_first_batches_are_full():
     assert choice(200, 30, 40) == 1
 
 
+def test_nothing_is_gathered_where_deadlines_leave_no_time_for_full_batches():
+    assert choice(view(200, deadline=331), 1, 1) == 1  # 330 s: three full batches
+    assert choice(view(200, deadline=329), 1, 1) == 3
+
+
 def test_the_deepest_ripe_stage_runs():
     assert choice(200, 100, RIPE) == 3
     assert choice(200, RIPE, 60) == 2
@@ -71,7 +76,7 @@ def test_what_cannot_make_its_deadline_is_not_urgent():
 
 def test_new_images_are_never_urgent():
     """They would go before survivors that are nearer to an answer, and under load all of them are late."""
-    assert choice(view(200, deadline=111), 0, 100) == 3
+    assert choice(view(200, deadline=331), 0, 100, now=220) == 3
 
 
 def test_without_a_fixed_cost_every_batch_is_ripe():
