@@ -174,9 +174,11 @@ def overload(options: Options) -> Report:
         found: dict[str, list[dict[str, float]]] = {"brownout": [], "fixed": []}
         for number in range(options.rounds):
             for name in found if number % 2 == 0 else list(found)[::-1]:
-                steady = ("--steady",) if name == "fixed" else ()
-                with Server(bundle.path, module="benchmarks.serve_with", arguments=steady) as server:
-                    server.set_thresholds(knee)
+                with Server(bundle.path, module="benchmarks.serve_with") as server:
+                    if name == "fixed":
+                        server.set_thresholds(knee)
+                    else:
+                        server.request("PUT", "/budget", {"gmacs": bundle.frontier.knee.gmacs})
                     shoot(server, requests, capacity / 2, 1.0, 0)
                     shots = shoot(server, requests, factor * capacity, 2 * options.seconds, 31 * number)
                 found[name].append(_outcome(shots, labels, options.deadline_ms / 1000))

@@ -123,6 +123,7 @@ class Solution:
     held_gmacs: float | None  # the mean cost that the cost loop holds; None: thresholds stay
     mix: bool = False  # a mixture that costs just what is wanted, not the row below it
     latency: tuple[float, float] | None = None  # seconds and quantile that the latency loop holds
+    pinned: bool = False  # an operator wants these thresholds to stay, also under overload
 
 
 def solve(
@@ -151,7 +152,7 @@ def solve(
         predicted = frontier.predict(given)
         unknown = Setting((*given[: frontier.num_exits - 1], 0.0), Prediction(None, None, None))
         setting = unknown if predicted is None else Setting.of(predicted)
-        return Solution({"thresholds": given}, "quality", False, setting, None)
+        return Solution({"thresholds": given}, "quality", False, setting, None, pinned=True)
     if "gmacs" in target:
         gmacs = _number("gmacs", target["gmacs"])
         at_cost = _setting_at(frontier, gmacs, mix)
@@ -160,13 +161,15 @@ def solve(
         # Held is what was asked for, not the row below it: the loop may use what lies between two rows, and a clamped
         # budget leaves room above the knee for traffic that is harder than the calibration set.
         held = gmacs if kept == "cost" else None
-        return Solution({"gmacs": gmacs}, kept, gmacs > frontier.knee.gmacs, at_cost, held, mix)
+        clamped = gmacs > frontier.knee.gmacs
+        return Solution({"gmacs": gmacs}, kept, clamped, at_cost, held, mix, pinned=kept == "quality")
     accuracy = _number("accuracy", target["accuracy"])
     row = frontier.by_accuracy(accuracy)
     if row is None:
         raise _infeasible(feasible, f"the most accurate operating point reaches {frontier.knee.accuracy:g}")
     clamped = accuracy < frontier.rows[0].accuracy
-    return Solution({"accuracy": accuracy}, kept, clamped, Setting.of(row), row.gmacs if kept == "cost" else None)
+    held = row.gmacs if kept == "cost" else None
+    return Solution({"accuracy": accuracy}, kept, clamped, Setting.of(row), held, pinned=kept == "quality")
 
 
 def _solve_latency(frontier: Frontier, target: Target, machine: Machine | None) -> Solution:
@@ -365,7 +368,8 @@ class BudgetController:
         """Let the loops that need a clock look at the queues. Every `Brownout.TICK` seconds while there is traffic."""
         if self._control is None:
             return
-        row, self._ceiling = self._control.tick(now, load, self._row_of(self._wanted()))
+        row, ceiling = self._control.tick(now, load, self._row_of(self._wanted()))
+        self._ceiling = None if self._solution.pinned else ceiling
         if row is not None and self._loop is not None:
             gmacs = self._gmacs[row]
             if abs(gmacs - self._aim) > AIM_BAND * self._aim:  # else the cost loop would never end a block
@@ -462,7 +466,9 @@ class BudgetController:
             self._aim = solution.held_gmacs
         if self._control is not None:
             self._control.aim_at(*(solution.latency or (None,)))
-        if self._ceiling is not None:  # an overload does not end with a new target
+        if solution.pinned:
+            self._ceiling = None
+        elif self._ceiling is not None:  # an overload does not end with a new target
             self._apply()
 
     def _put_in_force(self, version: int, setting: Setting) -> None:

@@ -620,10 +620,24 @@ async def test_a_latency_target_survives_a_restart_before_the_profile_is_known(f
     assert found == pytest.approx(wanted, rel=2 * AIM_BAND)
 
 
-@pytest.mark.parametrize("target", [{"gmacs": 1.5}, {"accuracy": 0.8}, {"thresholds": [0.9, 0.9]}])
-async def test_an_overload_costs_accuracy_until_it_is_over(frontier: Frontier, target: dict[str, Any]) -> None:
+@pytest.mark.parametrize("target", [{"thresholds": [0.9, 0.9]}, {"gmacs": 1.5}, {"accuracy": 0.8}])
+async def test_thresholds_that_an_operator_wants_to_stay_do_so_under_overload(
+    frontier: Frontier, target: dict[str, Any]
+) -> None:
     loaded = Loaded(frontier)
+    await loaded.budget.put({"gmacs": 2.0})
+    loaded.tick(seconds=0.1, rate=600, waiting=300)
+    assert loaded.budget.pressure > 0
     before = await loaded.budget.put(target, "quality")
+    loaded.tick(seconds=5, rate=600, waiting=300)
+    after = loaded.budget.state()
+    assert (after.thresholds, after.pressure) == (before.thresholds, 0)
+
+
+@pytest.mark.parametrize("target", [None, {"gmacs": 1.5}, {"accuracy": 0.8}])
+async def test_an_overload_costs_accuracy_until_it_is_over(frontier: Frontier, target: dict[str, Any] | None) -> None:
+    loaded = Loaded(frontier)
+    before = loaded.budget.state() if target is None else await loaded.budget.put(target)
     loaded.tick(rate=600, waiting=0)
     assert loaded.budget.state().pressure == 0, "busy is not overloaded"
     loaded.tick(seconds=0.1, rate=600, waiting=300)
