@@ -91,7 +91,9 @@ class Control:
 
     def aim_at(self, latency: float | None, quantile: float = 0.99) -> None:
         """Hold this latency (seconds) from now on; None: none."""
-        self._latency = None if latency is None else LatencyLoop(latency, quantile, self.machine.executors)
+        machine = self.machine
+        loop = None if latency is None else LatencyLoop(latency, quantile, machine.executors, machine.kappa)
+        self._latency = loop
 
     def answered(self, total: float, in_engine: float) -> None:
         """Seconds of one answer, and of them in queues and batches."""

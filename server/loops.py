@@ -84,11 +84,11 @@ class LatencyLoop:
     GAIN_UP, GAIN_DOWN = 0.3, 0.1
     KAPPA_RANGE = (0.5, 20.0)
 
-    def __init__(self, target: float, quantile: float, executors: int) -> None:
-        """`target` in seconds, from the last byte of a request's body to its answer."""
+    def __init__(self, target: float, quantile: float, executors: int, kappa: float = KAPPA) -> None:
+        """`target` in seconds, from the last byte of a request's body to its answer. `kappa`: as learned so far."""
         self.target, self.quantile = target, quantile
         self._executors = executors
-        self.kappa = KAPPA
+        self.kappa = kappa
         self._block: list[float] = []
         self._binds = False
 
