@@ -209,21 +209,25 @@ class _Queue:
 
     def __init__(self) -> None:
         self._by_priority: tuple[_Ordered[Image], ...] = tuple(_Ordered() for _ in get_args(Priority))
+        self._images = 0  # kept, as it is asked for at every turn
 
     def __len__(self) -> int:
-        return sum(map(len, self._by_priority))
+        return self._images
 
     def __contains__(self, image: Image) -> bool:
         return image in self._by_priority[image.request.priority]
 
     def push(self, image: Image) -> None:
         self._by_priority[image.request.priority].push((image.request.deadline, image.order), image)
+        self._images += 1
 
     def discard(self, image: Image) -> bool:
         """True where the image was there."""
-        return self._by_priority[image.request.priority].discard(image)
+        there = self._by_priority[image.request.priority].discard(image)
+        self._images -= there
+        return there
 
-    def waiting(self, least: Priority = LOW) -> int:
+    def waiting(self, least: Priority) -> int:
         """Images of this priority or a higher one."""
         return sum(map(len, self._by_priority[: least + 1]))
 
@@ -233,10 +237,11 @@ class _Queue:
         images: list[Image] = []
         for part in chosen:
             images.extend(part.pop() for _ in range(min(len(part), size - len(images))))
+        self._images -= len(images)
         return tuple(images)
 
     def view(self, limit: int) -> StageView:
-        waiting = self.waiting()
+        waiting = self._images - len(self._by_priority[BACKGROUND])
         head = next((part.first() for part in self._by_priority[:BACKGROUND] if len(part)), None)
         if head is None:
             return StageView(0, 0, math.inf, math.inf)
