@@ -65,8 +65,10 @@ class DeepestRipe:
 
 
 def _ripeness(seconds: Seconds, stage: int, size: int) -> list[float]:
-    """By the number of images, from 0: the speed in such a batch over the best of all batches up to `size`. 1 throughout
-    where nothing is worth gathering for."""
+    """By the number of images, from 0: the speed in such a batch over the best of all batches up to `size`.
+
+    1 throughout where nothing is worth gathering for.
+    """
     costs = [seconds(stage, images) for images in range(1, size + 1)]
     if min(costs) <= 0:
         return [1.0] * (size + 1)
