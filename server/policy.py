@@ -15,8 +15,8 @@ batches as long as a batch has a fixed cost. A batch is *ripe* at RIPE of the be
 - Survivors that are left to ripen are urgent, and go first, when their head could not make its deadline behind the
   other work. A head that cannot make it anyway is not.
 
-It needs no rate and no mix of exits; it never idles while anything can run. With costs per image only, as on CPUs,
-every batch is ripe and both regimes are the same.
+It needs no rate and no mix of exits; it never idles while anything can run. Where large batches are hardly faster an
+image than small ones, as on CPUs, every batch is ripe and both regimes are the same.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from server.scheduler import Seconds, StageView
 
 RIPE = 0.95
 BOUND = 0.5
+WORTH = 1.5  # times as fast in large batches as one by one: less is no reason to gather, and within what noise measures
 
 
 class DeepestRipe:
@@ -64,10 +65,13 @@ class DeepestRipe:
 
 
 def _ripeness(seconds: Seconds, stage: int, size: int) -> list[float]:
-    """By the number of images, from 0: the speed in such a batch over the best of all batches up to `size`."""
+    """By the number of images, from 0: the speed in such a batch over the best of all batches up to `size`.
+
+    1 throughout where nothing is worth gathering for.
+    """
     costs = [seconds(stage, images) for images in range(1, size + 1)]
-    if min(costs) <= 0:  # no cost, nothing to gather for
+    if min(costs) <= 0:
         return [1.0] * (size + 1)
     speed = [0.0, *(images / s for images, s in enumerate(costs, start=1))]
     best = max(speed)
-    return [one / best for one in speed]
+    return [1.0] * (size + 1) if best < WORTH * speed[1] else [one / best for one in speed]
