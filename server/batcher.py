@@ -27,10 +27,13 @@ from typing import Concatenate, ParamSpec
 from server.core import Answer, Engine, Observer, OperatingPoint, Pixels, StageOutput
 from server.errors import Draining, EngineFailed
 from server.scheduler import BACKGROUND, NORMAL, Batch, Load, Outcome, Priority, Request, Scheduler
+from server.threads import step_back
 
 log = logging.getLogger(__name__)
 
 RETRY_ELSEWHERE_S = 1  # a server that stops does not come back: another one may answer at once
+
+NICE = 5  # of the executor threads
 
 P = ParamSpec("P")
 
@@ -168,6 +171,7 @@ class Batcher:
     # -- in the executor threads
 
     def _execute(self) -> None:
+        step_back(NICE)
         while (batch := self._handoff.get()) is not None:
             result: StageOutput | BaseException
             try:
