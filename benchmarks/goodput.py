@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--rounds", type=int, default=2, help="of all contenders (default %(default)s)")
         parser.add_argument("--deadline-ms", type=float, default=50.0, help="(default %(default)s; simulator: 250)")
         parser.add_argument("--steps", type=int, default=6, help="of one search for a rate (default %(default)s)")
+        parser.add_argument("--guess", type=float, default=100.0, help="images/s where a search begins (default 100)")
         parser.add_argument("--sleep", default="5,5,5/1,2,4", help="milliseconds of the engine that sleeps")
         parser.add_argument("--images-from", type=Path, help="image folder with labels, in place of made photos")
 
@@ -106,7 +107,7 @@ def policies(options: Options) -> Report:
                 server.set_thresholds([*never, 0.0] if name == "no exit" else thresholds)
                 shoot(server, requests, 50, 1.0, 0)  # both are warm before anything counts
                 known = [rate for found in rates.values() for rate in found]
-                rates[name].append(highest(server, requests, options, 100 * number, median(known) if known else 100))
+                rates[name].append(highest(server, requests, options, 100 * number, median(known) if known else options.guess))
     for name, found in rates.items():
         ratio = median(a / b if b else np.inf for a, b in zip(rates["server"], found, strict=True))
         report.add(
@@ -177,7 +178,9 @@ def overload(options: Options) -> Report:
     with Server(bundle.path, module="benchmarks.serve_with", arguments=("--steady",)) as server:
         server.set_thresholds(knee)
         shoot(server, requests, 50, 1.0, 0)
-        capacity = highest(server, requests, options, 7, 100)
+        capacity = highest(server, requests, options, 7, options.guess)
+    if not capacity:
+        raise SystemExit("no rate that was tried is answered in time: try a smaller --guess or a larger --deadline-ms")
     report.add("highest rate in time, dearest operating point", f"{capacity:.1f} images/s", capacity=capacity)
     for factor in (2.0, 3.0):
         found: dict[str, list[dict[str, float]]] = {"brownout": [], "fixed": []}
