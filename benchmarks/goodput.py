@@ -107,7 +107,8 @@ def policies(options: Options) -> Report:
                 server.set_thresholds([*never, 0.0] if name == "no exit" else thresholds)
                 shoot(server, requests, 50, 1.0, 0)  # both are warm before anything counts
                 known = [rate for found in rates.values() for rate in found]
-                rates[name].append(highest(server, requests, options, 100 * number, median(known) if known else options.guess))
+                guess = median(known) if known else options.guess
+                rates[name].append(highest(server, requests, options, 100 * number, guess))
     for name, found in rates.items():
         ratio = median(a / b if b else np.inf for a, b in zip(rates["server"], found, strict=True))
         report.add(
