@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--steps", type=int, default=6, help="of one search for a rate (default %(default)s)")
         parser.add_argument("--guess", type=float, default=100.0, help="images/s where a search begins (default 100)")
         parser.add_argument("--sleep", default="5,5,5/1,2,4", help="milliseconds of the engine that sleeps")
+        parser.add_argument("--executors", type=int, help="of the server, for overload; by default one per core")
         parser.add_argument("--images-from", type=Path, help="image folder with labels, in place of made photos")
 
     options = parse("goodput", __doc__, arguments, more)
@@ -176,7 +177,8 @@ def overload(options: Options) -> Report:
     files, labels = _labelled(options, bundle)
     requests = [classify(file, query=_query(options)) for file in files]
     knee = bundle.frontier.knee.thresholds
-    with Server(bundle.path, module="benchmarks.serve_with", arguments=("--steady",)) as server:
+    some: dict[str, Any] = {} if options.executors is None else {"executors": options.executors}
+    with Server(bundle.path, module="benchmarks.serve_with", arguments=("--steady",), **some) as server:
         server.set_thresholds(knee)
         shoot(server, requests, 50, 1.0, 0)
         capacity = highest(server, requests, options, 7, options.guess)
@@ -187,7 +189,7 @@ def overload(options: Options) -> Report:
         found: dict[str, list[dict[str, float]]] = {"brownout": [], "fixed": []}
         for number in range(options.rounds):
             for name in found if number % 2 == 0 else list(found)[::-1]:
-                with Server(bundle.path, module="benchmarks.serve_with") as server:
+                with Server(bundle.path, module="benchmarks.serve_with", **some) as server:
                     if name == "fixed":
                         server.set_thresholds(knee)
                     else:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.clients import Asked, Line, Load, classify, classify_many
@@ -49,7 +50,7 @@ def measure(options: Options) -> Report:
     by_version: dict[int, Sequence[float]] = {}
     put_s: list[float] = []
     refused: list[str] = []
-    with Server(bundle.path, timeout_ms=30000) as server:
+    with TemporaryDirectory() as folder, Server(bundle.path, timeout_ms=30000, state_dir=folder) as server:
         state = server.get("/budget")[1]
         by_version[state["version"]] = state["thresholds"]
         line = Line(server.port)

@@ -275,7 +275,8 @@ def _authorise(request: Request, token: str | None) -> None:
 
 
 def _budget_response(service: Service, state: BudgetState) -> Response:
-    body = {**dataclasses.asdict(state), "audit": service.audit.state(), "drift": service.drift.state()}
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}  # orjson knows dataclasses
+    body = {**fields, "audit": service.audit.state(), "drift": service.drift.state()}
     return json_response(body, {"etag": f'"{state.version}"', "cache-control": "no-store"})
 
 

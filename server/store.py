@@ -62,10 +62,12 @@ class MemoryStore:
 
 
 class FileStore:
-    """Two JSON files, each replaced in one step. `save` writes `<name>.new`, which any later process reads; `sync` then
-    writes `<name>` and waits for the disk, which can take longer than an operator's answer should.
+    """Two JSON files. `save` writes `<name>.new`, which any later process reads; `sync` then replaces `<name>` and
+    waits for the disk, which can take longer than an operator's answer should.
 
-    A power failure can leave `<name>.new` empty: then `<name>` counts, the last policy that was synced.
+    `<name>.new` is written over in place, in one write: a process that is killed leaves one policy or the other. To
+    replace it would take milliseconds on some file systems, which then allocate at once. A power failure can leave it
+    empty or broken: then `<name>` counts, the last policy that was synced.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -90,11 +92,11 @@ class FileStore:
 
     def save(self, policy: Policy) -> None:
         text = json.dumps(asdict(policy), sort_keys=True, allow_nan=False)
-        _replace(self._new, text, durable=False)
+        _overwrite(self._new, text)
         self._saved = text
 
     def sync(self) -> None:
-        _replace(self.path, self._saved, durable=True)
+        _replace(self.path, self._saved)
         try:  # the rename has taken effect; that it is on the disk, too, is not worth an error
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
@@ -108,7 +110,7 @@ class FileStore:
 def _read(path: Path) -> Policy:
     """Raises FileNotFoundError and StoreUnavailable."""
     try:
-        document = json.loads(path.read_bytes())
+        document, _ = json.JSONDecoder().raw_decode(path.read_text("utf-8").lstrip())  # what follows is an older one's
         version, target, hold = document["version"], document["target"], document["hold"]
         mix = document.get("mix", False)  # files of earlier releases have none
     except FileNotFoundError:
@@ -121,21 +123,40 @@ def _read(path: Path) -> Policy:
     return Policy(version, target, hold, mix)
 
 
-def _replace(path: Path, text: str, durable: bool) -> None:
-    """A reader finds the old text or the new one. Raises StoreUnavailable."""
+def _overwrite(path: Path, text: str) -> None:
+    """The file begins with the text, what was longer before stays behind it. Raises StoreUnavailable."""
+    line = f"{text}\n".encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            written = os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _unavailable(error) from error
+    if written < len(line):
+        raise StoreUnavailable("the budget could not be stored: only a part of it was written")
+
+
+def _replace(path: Path, text: str) -> None:
+    """A reader finds the old text or the new one, also after a power failure. Raises StoreUnavailable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with open(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                if durable:
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                stream.write(f"{text}\n")
+                stream.flush()
+                os.fsync(stream.fileno())
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise StoreUnavailable(f"the budget could not be stored: {error.strerror or error}") from error
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: OSError) -> StoreUnavailable:
+    return StoreUnavailable(f"the budget could not be stored: {error.strerror or error}")

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -415,6 +416,30 @@ def test_a_folder_that_cannot_be_written_to_is_a_store_that_is_unavailable(tmp_p
     store = FileStore(tmp_path / "file" / "budget.json")
     with pytest.raises(StoreUnavailable, match="could not be stored"):
         store.save(Policy(1, {"gmacs": 1.0}, "cost"))
+
+
+def test_a_policy_is_whole_also_after_a_longer_one(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    longer, shorter = Policy(9, {"thresholds": [0.123456789] * 5}, "quality"), Policy(10, {"gmacs": 1.0}, "cost")
+    for policy in (longer, shorter, longer):
+        store.save(policy)
+        assert FileStore(tmp_path / "budget.json.new").load() == policy  # by itself: nothing was synced
+    store.sync()
+    store.save(shorter)
+    assert FileStore(store.path).load() == shorter
+
+
+def test_a_write_of_which_only_a_part_arrives_is_a_save_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    store.save(Policy(1, {"gmacs": 1.0}, "cost"))
+    store.sync()
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:20]))
+    with pytest.raises(StoreUnavailable, match="only a part"):
+        store.save(Policy(2, {"gmacs": 2.0}, "cost"))
+    assert FileStore(store.path).load() == Policy(1, {"gmacs": 1.0}, "cost")
 
 
 def test_a_save_that_fails_leaves_the_policy_before_it_and_no_litter(tmp_path: Path) -> None:
