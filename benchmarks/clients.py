@@ -32,11 +32,11 @@ def classify(body: bytes, content_type: str = "image/jpeg", query: str = "", clo
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
-def classify_many(files: Sequence[bytes]) -> bytes:
+def classify_many(files: Sequence[bytes], query: str = "") -> bytes:
     """One request with several JPEGs, as a form."""
     parts = [b'Content-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + file for file in files]
     body = b"".join(b"--" + BOUNDARY + b"\r\n" + part + b"\r\n" for part in parts) + b"--" + BOUNDARY + b"--\r\n"
-    return classify(body, f"multipart/form-data; boundary={BOUNDARY.decode()}")
+    return classify(body, f"multipart/form-data; boundary={BOUNDARY.decode()}", query)
 
 
 @dataclass(frozen=True, slots=True)

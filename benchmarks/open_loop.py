@@ -31,9 +31,9 @@ class Shot:
     body: bytes
 
     @property
-    def result(self) -> Any:
-        """Of its one image; None unless it was answered with 200."""
-        return orjson.loads(self.body)["results"][0] if self.status == 200 else None
+    def results(self) -> list[Any]:
+        """Of its images; empty unless it was answered with 200."""
+        return orjson.loads(self.body)["results"] if self.status == 200 else []  # type: ignore[no-any-return]
 
 
 def fire(port: int, requests: Sequence[bytes], which: NDArray[np.int64], times: NDArray[np.float64]) -> list[Shot]:
