@@ -90,7 +90,7 @@ class Settings(BaseSettings):
         ge=0,
         le=60,
         description="Time to measure batches for at the start, where the bundle has no profile for this machine; 0 "
-        "measures none.",
+        "measures none: then there are no latency budgets, no brownout and no early refusals.",
     )
     state_dir: Path | None = Field(
         default_factory=default_state_dir,
