@@ -178,7 +178,9 @@ def _picture(level: tuple[int, int, int], bundle: Bundle) -> bytes:
 def overload(options: Options) -> Report:
     bundle = load_bundle(options)
     own = "" if options.bundle is None else f"_{bundle.path.name}"
-    report = Report(f"goodput_overload{own}", figures={"timeout_ms": options.deadline_ms, "images_a_request": options.together})
+    report = Report(
+        f"goodput_overload{own}", figures={"timeout_ms": options.deadline_ms, "images_a_request": options.together}
+    )
     requests, labels = _labelled(options, bundle)
     together = options.together
     knee = bundle.frontier.knee.thresholds
