@@ -71,7 +71,7 @@ class Steered:
             server(setup)[1],
             times,
             rows,
-            on_answer=lambda result, latency: self.budget.observe(result, latency, steered=False),
+            on_answer=lambda answer, latency: self.budget.observe(answer, latency, steered=False),
             ticks=Ticks(Brownout.TICK, self._tick),
             point=self.budget.point,
         )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.core import ImageResult, OperatingPoint, Slot, StageBatch, StageOutput
+from server.core import Answer, OperatingPoint, Slot, StageBatch, StageOutput
 from server.engines.slots import SlotTable
 from server.errors import DeadlineExceeded, Overloaded
 from server.frontier import Records
@@ -207,7 +207,7 @@ class Simulation:
     policy: Policy
     arrivals: NDArray[np.float64]
     rows: NDArray[np.int64]
-    on_answer: Callable[[ImageResult, float], None] | None = None
+    on_answer: Callable[[Answer, float], None] | None = None
     ticks: Ticks | None = None
     give_up_after: float = math.inf
     point: OperatingPoint | None = None  # by default the setup's thresholds
@@ -312,7 +312,7 @@ class Simulation:
             self._compute[number] = result.compute_s
             self._correct[number] = bool(result.probabilities[0])
             if self.on_answer:
-                self.on_answer(result, latency)
+                self.on_answer(request.answer, latency)
 
     def _trace(self) -> Trace:
         return Trace(

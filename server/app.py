@@ -220,6 +220,8 @@ class Service:
             image_seconds = profile.image_seconds(self.batch_sizes)
             rows = with_ms(self.bundle.frontier.rows, [1000 * s for s in image_seconds])
             self.frontier_document = orjson.dumps(_describe_frontier(self.bundle, rows))
+        elif "latency_ms" in self.budget.state().target:
+            log.warning("the stored latency budget is not held: no latency profile was measured; see: dvt profile")
         self.phase = Phase.SERVING
 
     def leave(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from server.control import Control, Machine
-from server.core import ImageResult, Mix, OperatingPoint
+from server.core import Answer, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
 from server.frontier import NEVER, Frontier, FrontierRow, Mixture
 from server.scheduler import Load
@@ -350,19 +350,23 @@ class BudgetController:
         """What calibration says of the thresholds in force."""
         return self._setting.predicted
 
-    def observe(self, result: ImageResult, total_s: float, steered: bool) -> None:
-        """Count one answered image. `steered`: the request brought its own min_confidence or max_exit.
+    def observe(self, answer: Answer, total_s: float, steered: bool) -> None:
+        """Count one answered request. `steered`: it brought its own min_confidence or max_exit.
 
         Steered images, and degraded ones, say nothing of the thresholds in force: the cost loop does not see them.
+        Neither it nor `observed` sees what was judged by a budget before this one.
         """
-        self._window.add(result.exit, total_s)
         if self._control is not None:
-            self._control.answered(total_s, result.queue_s + result.compute_s)
-        # Under a ceiling the loop's row is not in force: what comes says nothing of it.
-        if self._loop is None or self._ceiling is not None or steered or result.degraded:
+            self._control.answered(total_s, max(result.queue_s + result.compute_s for result in answer.results))
+        if answer.point.version != self._point.version:
             return
-        if self._loop.observe(self._frontier.stage_gmacs[result.exit - 1]):
-            self._apply()
+        for result in answer.results:
+            self._window.add(result.exit, total_s)
+            # Under a ceiling the loop's row is not in force: what comes says nothing of it.
+            if self._loop is None or self._binding() is not None or steered or result.degraded:
+                continue
+            if self._loop.observe(self._frontier.stage_gmacs[result.exit - 1]):
+                self._apply()
 
     def tick(self, now: float, load: Load) -> None:
         """Let the loops that need a clock look at the queues. Every `Brownout.TICK` seconds while there is traffic."""
@@ -410,9 +414,13 @@ class BudgetController:
         gmacs = setting.predicted.gmacs
         return len(self._gmacs) - 1 if gmacs is None else max(0, bisect_right(self._gmacs, gmacs) - 1)
 
+    def _binding(self) -> int | None:
+        """The row of the ceiling, where it is below what the target asks for."""
+        return self._ceiling if self._ceiling is not None and self._ceiling < self._row_of(self._wanted()) else None
+
     def _apply(self) -> None:
-        wanted = self._wanted()
-        setting = wanted if self._ceiling is None else Setting.of(self._frontier.rows[self._ceiling])
+        ceiling = self._binding()
+        setting = self._wanted() if ceiling is None else Setting.of(self._frontier.rows[ceiling])
         if setting != self._setting:
             self._put_in_force(self._point.version, setting)
             self._tell()
@@ -420,10 +428,8 @@ class BudgetController:
     @property
     def pressure(self) -> float:
         """Share of the wanted cost that an overload takes away, 0 to 1."""
-        wanted = self._wanted().predicted.gmacs
-        if self._ceiling is None or wanted is None:
-            return 0.0
-        return round(max(0.0, 1 - self._gmacs[self._ceiling] / wanted), 6)
+        ceiling, wanted = self._binding(), self._wanted().predicted.gmacs
+        return 0.0 if ceiling is None or wanted is None else round(1 - self._gmacs[ceiling] / wanted, 6)
 
     def _first(self) -> tuple[int, Solution]:
         try:
@@ -535,9 +541,10 @@ def _feasible(frontier: Frontier, machine: Machine | None, quantile: float = DEF
     cheapest, knee = frontier.rows[0], frontier.knee
     latency_ms = None
     if machine is not None and machine.profile is not None:
-        low, high = (1000 * latency for latency in machine.latency_range(quantile))
+        # Microseconds, rounded up: what is told to be feasible is.
+        low, high = (1e6 * latency for latency in machine.latency_range(quantile))
         if math.isfinite(low):
-            latency_ms = (round(low, 3), round(high, 3) if math.isfinite(high) else None)
+            latency_ms = (math.ceil(low) / 1000, math.ceil(high) / 1000 if math.isfinite(high) else None)
     return Feasible((cheapest.gmacs, knee.gmacs), (cheapest.accuracy, knee.accuracy), latency_ms)
 
 

@@ -67,7 +67,7 @@ class Machine:
     def row_within(self, latency: float, quantile: float) -> int | None:
         """The dearest row that meets a latency at the present arrival rate; None where not even the cheapest does."""
         load = affordable_load(latency, self.alone(), tail_factor(quantile, self.kappa))
-        if load <= 0:
+        if load < 0:
             return None
         costs, rate = self.costs(), self.rate.value
         row = bisect_right(costs, load * self.executors / rate) - 1 if rate > 0 else len(costs) - 1
@@ -88,6 +88,7 @@ class Control:
         self.machine = machine
         self._brownout = Brownout()
         self._latency: LatencyLoop | None = None
+        self._ticked = math.inf  # when
 
     def aim_at(self, latency: float | None, quantile: float = 0.99) -> None:
         """Hold this latency (seconds) from now on; None: none."""
@@ -108,12 +109,15 @@ class Control:
         rate, burst = machine.rate.tick(now), machine.burst.tick(now)
         if machine.profile is None:
             return None, None
+        machine.profile.forget(min(max(0.0, now - self._ticked), 2 * Brownout.TICK))  # not what was slept through
+        self._ticked = now
         costs = machine.costs()
         row = None
         if self._latency is not None:
-            seconds = self._latency.affordable(rate, machine.alone(), costs[-1])
+            seconds = self._latency.affordable(rate, machine.alone(), costs[0], costs[-1])
             machine.kappa = self._latency.kappa
-            row = wanted = max(0, bisect_right(costs, seconds) - 1)
+            row = max(0, bisect_right(costs, seconds) - 1)
+            wanted = min(row, wanted)  # on harder traffic the cost loop stands below the row
         stages = machine.stage_seconds()
         deep = sum(
             waiting * sum(stages[stage:]) for stage, waiting in enumerate(load.waiting) if stage > 0

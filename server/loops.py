@@ -41,20 +41,22 @@ def affordable_load(target: float, alone: float, factor: float) -> float:
 
 
 class Rate:
-    """Events per second, exponentially forgotten over `horizon` seconds; in the beginning their plain mean."""
+    """Events per second, exponentially forgotten over `horizon` seconds. It was quiet before the beginning: one burst
+    is no rate yet."""
 
     def __init__(self, horizon: float) -> None:
         self._horizon = horizon
-        self.rest()
+        self._since: float | None = None
+        self._count = 0
+        self.value = 0.0
 
     def add(self, events: int) -> None:
         self._count += events
 
     def rest(self) -> None:
-        """Nothing will be ticked for a while: begin anew after it."""
-        self._since: float | None = None
+        """Nothing will be ticked for a while, as nothing comes."""
+        self._since = None
         self._count = 0
-        self._age = 0.0  # seconds looked at
         self.value = 0.0
 
     def tick(self, now: float) -> float:
@@ -64,8 +66,7 @@ class Rate:
             return self.value
         passed = now - self._since
         if passed > 0:
-            self._age += passed
-            share = max(1 - math.exp(-passed / self._horizon), passed / self._age)
+            share = 1 - math.exp(-passed / self._horizon)
             self.value += share * (self._count / passed - self.value)
             self._since, self._count = now, 0
         return self.value
@@ -74,12 +75,14 @@ class Rate:
 class LatencyLoop:
     """A latency target as seconds an image may cost, with κ trimmed by the latencies that are observed.
 
-    Fed forward by the arrival rate, corrected slowly: per block of answers, κ moves by a share of the logarithm of
-    observed over wanted. Up whenever the target is missed; down only while the target is what binds, else a quiet hour
-    would unlearn everything.
+    Fed forward by the arrival rate, corrected slowly: per block of answers, and once a second at most, κ moves by a
+    share of the logarithm of observed over wanted. Up when the target is missed, but not where the cheapest row is in
+    force already: that is an overload, and no tail explains it. Down only while the target is what binds, else a quiet
+    hour would unlearn everything.
     """
 
     BLOCK = 256  # answers
+    TICKS = 20  # of 50 ms, between two steps
     DEAD_BAND = 0.05
     GAIN_UP, GAIN_DOWN = 0.3, 0.1
     KAPPA_RANGE = (0.5, 20.0)
@@ -90,14 +93,16 @@ class LatencyLoop:
         self._executors = executors
         self.kappa = kappa
         self._block: list[float] = []
-        self._binds = False
+        self._ticks = 0  # since the last step
+        self._binds = self._exhausted = False
 
-    def affordable(self, rate: float, alone: float, dearest: float) -> float:
-        """Seconds an image may cost at this arrival rate. `alone`: L with all that is not engine time; `dearest`: the
-        cost of the best row, beyond which nothing binds. 0 or less where the target cannot be met."""
+    def affordable(self, rate: float, alone: float, cheapest: float, dearest: float) -> float:
+        """Seconds an image may cost at this arrival rate; asked every tick. `alone`: L with all that is not engine
+        time; `cheapest`, `dearest`: the costs of the first and the last row. Below 0 where the target cannot be met."""
+        self._ticks += 1
         load = affordable_load(self.target, alone, tail_factor(self.quantile, self.kappa))
         seconds = load * self._executors / rate if rate > 0 else math.copysign(math.inf, load)
-        self._binds = seconds < dearest
+        self._binds, self._exhausted = seconds < dearest, seconds < cheapest
         return seconds
 
     def observe(self, latency: float) -> None:
@@ -107,12 +112,15 @@ class LatencyLoop:
             return
         error = math.log(max(float(np.quantile(self._block, self.quantile)), 1e-9) / self.target)
         self._block.clear()
-        if error > self.DEAD_BAND:
+        if self._ticks < self.TICKS:
+            return
+        if error > self.DEAD_BAND and not self._exhausted:
             step = self.GAIN_UP * min(error, 1.0)
         elif error < -self.DEAD_BAND and self._binds:
             step = self.GAIN_DOWN * max(error, -1.0)
         else:
             return
+        self._ticks = 0
         low, high = self.KAPPA_RANGE
         self.kappa = min(max(self.kappa * math.exp(step), low), high)
 

@@ -25,6 +25,7 @@ TOLERANCE = 0.10  # a straight line that is off by more than this is not used
 
 _WEIGHT = 1 / 32  # of one batch in a live correction: half of a change is learnt in 22 batches
 _CLIP = 0.5  # of the logarithm: a batch that took 100 times as long counts as one that took e^0.5 = 1.65 times as long
+_TRUSTED_S = 5.0  # seconds for which a correction stands without a batch; then it fades as fast
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +166,15 @@ class LiveProfile:
 
     The factor is a running mean in the logarithm. What a batch adds to it is clipped (Huber 1964), so that a batch that
     the machine slept through moves it by 1.6 % at most, while a machine that has changed is followed all the way.
+
+    What is believed decides what is tried: a stage that is held to be too slow gets no batch that could prove
+    otherwise. So a belief that nothing has tested for a while goes back to what was measured.
     """
 
     def __init__(self, profile: LatencyProfile) -> None:
         self._measured = profile.stages
         self._factors = [1.0] * len(profile.stages)
+        self._untested = [0.0] * len(profile.stages)  # seconds since the last batch
 
     def observe(self, stage: int, batch: int, seconds: float) -> None:
         """A batch of so many images came back after so many seconds."""
@@ -177,6 +182,14 @@ class LiveProfile:
         if believed > 0 and seconds > 0:
             off = max(-_CLIP, min(_CLIP, math.log(seconds / believed)))
             self._factors[stage - 1] *= math.exp(_WEIGHT * off)
+        self._untested[stage - 1] = 0.0
+
+    def forget(self, passed: float) -> None:
+        """So many seconds went by, with requests about."""
+        for stage, untested in enumerate(self._untested):
+            self._untested[stage] = untested + passed
+            if self._untested[stage] > _TRUSTED_S:
+                self._factors[stage] **= math.exp(-passed / _TRUSTED_S)
 
     def seconds(self, stage: int, batch: int) -> float:
         """Of a batch of so many images, as believed now."""

@@ -165,8 +165,7 @@ def _record(
 ) -> None:
     service.metrics.decoded(decode_s)
     service.drift.observe(answer, steered)
-    for result in answer.results:
-        service.budget.observe(result, total_s, steered)
+    service.budget.observe(answer, total_s, steered)
     if not steered:
         service.audit.offer(request_id, pixels, answer)
 

@@ -338,8 +338,9 @@ class Scheduler:
             raise InvalidRequest("a request needs at least one image")
         if len(pixels) > self._max_queued_images:
             raise TooManyImages(f"at most {self._max_queued_images} images fit into the queue")
-        room = self._max_queued_images if priority < LOW else max(1, self._max_queued_images // 2)
-        if sum(map(len, self._queues)) + len(pixels) > room:
+        waiting = sum(map(len, self._queues))
+        room = self._max_queued_images if priority < LOW or not waiting else self._max_queued_images // 2
+        if waiting + len(pixels) > room:
             raise Overloaded("the queue is full", retry_after_s=self._retry_after_s(now))
         if self._seconds is not None:
             self._refuse_hopeless(len(pixels), priority, deadline - now)
@@ -394,12 +395,18 @@ class Scheduler:
                     outcome.freed.append(slot)
                 continue
             image.slot = slot
+            if not math.isfinite(confidence):
+                error = EngineFailed(f"the engine gave no number for an image at stage {batch.run.stage}")
+                self._fail(image.request, error, "engine_failed", now, outcome)
+                continue
             image.confidences.append(confidence)
             image.probabilities = probabilities
             image.compute_s += now - image.since
             image.since = now
             touched.setdefault(image.request, []).append(image)
         for request, images in touched.items():
+            if request.settled:
+                continue
             self._adopt(request, now, outcome)
             for image in images:
                 # Without state it cannot go on. With state it still leaves if a lower threshold was adopted since.

@@ -232,7 +232,7 @@ def test_the_cost_loop_holds_its_budget_when_input_gets_harder():
             times,
             cascades.draw(RECORDS, len(times), 1, shift=harder),
             point=controller.point,
-            on_answer=lambda result, seconds: controller.observe(result, seconds, False),
+            on_answer=lambda answer, seconds: controller.observe(answer, seconds, False),
         )
         controller.on_change(one.retune)
         return one.run().figures(costs, budget)["budget_error"]

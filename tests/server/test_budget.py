@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from server.budget import AIM_BAND, DEFAULT_SLACK, WINDOW, BudgetController, CostLoop, solve
 from server.control import Machine
-from server.core import ImageResult, Mix, OperatingPoint
+from server.core import Answer, ImageResult, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
 from server.frontier import Frontier, sweep, upper_hull
 from server.profile import LatencyProfile, LiveProfile
@@ -44,8 +44,15 @@ def frontier() -> Frontier:
     return sweep(*traffic(20_000, seed=0), GMACS, key="k")
 
 
-def result(exit: int, degraded: bool = False) -> ImageResult:
-    return ImageResult(NO_PROBABILITIES, exit, 0.9, degraded, queue_s=0.0, compute_s=0.0, confidences=(0.9,) * exit)
+def answer(budget: BudgetController, *exits: int, degraded: bool = False, in_engine: float = 0.0) -> Answer:
+    """To a request of so many images, judged by the point in force."""
+    results = [
+        ImageResult(
+            NO_PROBABILITIES, exit, 0.9, degraded, queue_s=0.0, compute_s=in_engine * exit, confidences=(0.9,) * exit
+        )
+        for exit in exits
+    ]
+    return Answer(budget.point, tuple(results))
 
 
 def serve(budget: BudgetController, confidence: NDArray[np.float32], **kwargs: Any) -> NDArray[np.float64]:
@@ -55,7 +62,7 @@ def serve(budget: BudgetController, confidence: NDArray[np.float32], **kwargs: A
     for place, (first, second) in zip(places, confidence.T, strict=True):
         t = budget.point.thresholds_for(place)
         exit = 1 if first >= t[0] else 2 if second >= t[1] else 3
-        budget.observe(result(exit), 0.01, **{"steered": False, **kwargs})
+        budget.observe(answer(budget, exit), 0.01, **{"steered": False, **kwargs})
         costs.append(GMACS[exit - 1])
     return np.array(costs)
 
@@ -461,22 +468,25 @@ def test_a_save_that_fails_leaves_the_policy_before_it_and_no_litter(tmp_path: P
 async def test_observed_is_what_the_images_of_this_budget_did(frontier: Frontier) -> None:
     budget = BudgetController(frontier, MemoryStore())
     for number, exit in enumerate([1, 1, 2, 3] * 25, start=1):
-        budget.observe(result(exit), number / 1000, steered=exit == 3)
+        budget.observe(answer(budget, exit), number / 1000, steered=exit == 3)
     observed = budget.state().observed
     assert observed.images == 100
     assert observed.exit_fractions == (0.5, 0.25, 0.25)
     assert observed.gmacs == pytest.approx((2 * GMACS[0] + GMACS[1] + GMACS[2]) / 4)
     assert observed.latency_ms.p50 == pytest.approx(50.5)
     assert observed.latency_ms.p99 == pytest.approx(99.01)
+    late = answer(budget, 3, 3)
     assert (await budget.put({"gmacs": 1.0})).observed.images == 0, "a new budget is judged by its own images"
+    budget.observe(late, 0.1, steered=False)
+    assert budget.state().observed.images == 0, "these were judged by the one before"
 
 
 def test_observed_looks_back_over_a_bounded_window(frontier: Frontier) -> None:
     budget = BudgetController(frontier, MemoryStore())
     for _ in range(50):
-        budget.observe(result(3), 9.0, steered=False)
+        budget.observe(answer(budget, 3), 9.0, steered=False)
     for _ in range(WINDOW):
-        budget.observe(result(1), 0.001, steered=False)
+        budget.observe(answer(budget, 1), 0.001, steered=False)
     observed = budget.state().observed
     assert (observed.images, observed.gmacs, observed.exit_fractions) == (WINDOW, GMACS[0], (1, 0, 0))
     assert observed.latency_ms.p99 == pytest.approx(1)
@@ -519,7 +529,8 @@ async def test_images_that_the_thresholds_did_not_decide_do_not_move_them(
     budget = BudgetController(frontier, MemoryStore())
     before = (await budget.put({"gmacs": 1.0})).thresholds
     for _ in range(5000):
-        budget.observe(result(1, degraded=how.get("degraded", False)), 0.01, steered=how.get("steered", False))
+        one = answer(budget, 1, degraded=how.get("degraded", False))
+        budget.observe(one, 0.01, steered=how.get("steered", False))
     assert budget.point.thresholds == before
     assert budget.state().observed.images == 5000
 
@@ -620,8 +631,50 @@ async def test_a_latency_out_of_reach_is_refused_with_what_is_feasible(frontier:
         await loaded.budget.put({"latency_ms": 17})  # alone an image takes 3 + 14 ms
     low, high = caught.value.extra["feasible"]["latency_ms"]
     assert 17 < low < high
-    assert (await loaded.budget.put({"latency_ms": low + 0.01})).row == 0
-    assert (await loaded.budget.put({"latency_ms": high + 0.01})).predicted.gmacs == frontier.knee.gmacs
+    assert (await loaded.budget.put({"latency_ms": low})).row == 0
+    assert (await loaded.budget.put({"latency_ms": high})).predicted.gmacs == frontier.knee.gmacs
+
+
+async def test_without_traffic_what_an_image_takes_alone_is_feasible(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.machine.rest()
+    latency_ms = loaded.budget.state().feasible.latency_ms
+    assert latency_ms is not None
+    assert latency_ms == pytest.approx((17, 17))
+    assert (await loaded.budget.put({"latency_ms": latency_ms[0]})).predicted.gmacs == frontier.knee.gmacs
+
+
+def test_that_an_image_waits_for_the_others_of_its_request_is_not_the_servers_overhead(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    alone = loaded.machine.alone()
+    for _ in range(100):
+        many = answer(loaded.budget, *[1] * 63, 3, degraded=False, in_engine=0.1)
+        loaded.budget.observe(many, total_s=0.302, steered=False)
+    assert loaded.machine.alone() == pytest.approx(alone + 0.002, abs=0.0005)
+
+
+async def test_a_burst_after_a_silence_is_no_overload(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.tick(rate=0)
+    loaded.machine.rest()
+    loaded.machine.arrived(64, 0.4)
+    loaded.budget.tick(loaded.now + 1, Load((64, 0, 0), (0, 0, 0), 0, 64))
+    loaded.budget.tick(loaded.now + 1.05, Load((40, 0, 0), (8, 0, 0), 8, 64))
+    assert loaded.budget.pressure < 0.5
+    assert (await loaded.budget.put({"latency_ms": 100})).row != 0
+
+
+async def test_a_budget_below_the_ceiling_is_in_force_at_once(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    await loaded.budget.put({"gmacs": 2.0})
+    loaded.tick(seconds=0.1, rate=300, waiting=150)
+    ceiling = loaded.budget.state().predicted.gmacs
+    assert loaded.budget.pressure > 0
+    assert ceiling is not None
+    state = await loaded.budget.put({"gmacs": (frontier.rows[0].gmacs + ceiling) / 2})
+    assert state.predicted.gmacs is not None
+    assert state.predicted.gmacs < ceiling
+    assert state.pressure == 0
 
 
 async def test_where_not_even_the_cheapest_row_keeps_up_no_latency_is_feasible(frontier: Frontier) -> None:
@@ -682,6 +735,6 @@ async def test_the_cost_loop_learns_nothing_under_a_ceiling(frontier: Frontier) 
     loaded.tick(seconds=0.1, rate=600, waiting=300)
     assert loaded.budget.pressure > 0
     for _ in range(20 * CostLoop.BLOCK):
-        loaded.budget.observe(result(1), 0.01, steered=False)
+        loaded.budget.observe(answer(loaded.budget, 1), 0.01, steered=False)
     loaded.tick(seconds=10, rate=50)
     assert loaded.budget.state().thresholds == before

@@ -50,14 +50,12 @@ def test_a_rate_follows_what_arrives_and_forgets():
     assert rate.value < 1
 
 
-def test_a_rate_is_the_plain_mean_in_the_beginning_and_after_a_rest():
-    rate = Rate(horizon=10.0)
+def test_a_burst_after_a_silence_is_no_rate_yet():
+    rate = Rate(horizon=1.0)
     for start in (0.0, 100.0):
         rate.tick(start)
-        rate.add(30)
-        assert rate.tick(start + 1.0) == pytest.approx(30)
-        rate.add(10)
-        assert rate.tick(start + 2.0) == pytest.approx(20)
+        rate.add(64)
+        assert rate.tick(start + 0.05) == pytest.approx(64, rel=0.05), "64 in the last second, not 1,280"
         rate.rest()
         assert rate.value == 0
 
@@ -65,10 +63,10 @@ def test_a_rate_is_the_plain_mean_in_the_beginning_and_after_a_rest():
 class TestLatencyLoop:
     def test_a_higher_rate_leaves_less_for_an_image(self):
         loop = LatencyLoop(0.05, 0.99, executors=2)
-        slow, fast = (loop.affordable(rate, alone=0.01, dearest=0.01) for rate in (50, 500))
+        slow, fast = (loop.affordable(rate, alone=0.01, cheapest=0.001, dearest=0.01) for rate in (50, 500))
         assert slow == pytest.approx(10 * fast)
-        assert loop.affordable(0.0, alone=0.01, dearest=0.01) == math.inf
-        assert loop.affordable(0.0, alone=0.06, dearest=0.01) < 0
+        assert loop.affordable(0.0, alone=0.01, cheapest=0.001, dearest=0.01) == math.inf
+        assert loop.affordable(0.0, alone=0.06, cheapest=0.001, dearest=0.01) < 0
 
     @pytest.mark.parametrize("true_kappa", [0.8, 2.0, 4.0])
     def test_kappa_is_learned_until_the_target_is_met(self, true_kappa: float):
@@ -78,7 +76,8 @@ class TestLatencyLoop:
         rate, alone = 300.0, 0.008
         tails = []
         for _ in range(200):
-            seconds = min(max(loop.affordable(rate, alone, COSTS[-1]), COSTS[0]), COSTS[-1])
+            for _ in range(loop.TICKS):
+                seconds = min(max(loop.affordable(rate, alone, COSTS[0], COSTS[-1]), COSTS[0]), COSTS[-1])
             median = predicted_latency(alone, rate * seconds / 2, 1.0)
             p99 = predicted_latency(alone, rate * seconds / 2, 2 * true_kappa)
             scale = (p99 - median) / math.log(50)
@@ -90,10 +89,26 @@ class TestLatencyLoop:
 
     def test_a_quiet_hour_unlearns_nothing(self):
         loop = LatencyLoop(0.05, 0.99, executors=2)
-        loop.affordable(1.0, alone=0.01, dearest=0.01)
+        loop.affordable(1.0, alone=0.01, cheapest=0.001, dearest=0.01)
         for _ in range(10 * loop.BLOCK):
             loop.observe(0.011)
         assert loop.kappa == KAPPA
+
+    def test_an_overload_winds_nothing_up(self):
+        loop = LatencyLoop(0.05, 0.99, executors=2)
+        for _ in range(200):
+            loop.affordable(5000.0, 0.008, COSTS[0], COSTS[-1])  # more than the cheapest row can do
+            for _ in range(loop.BLOCK):
+                loop.observe(1.0)
+        assert loop.kappa == KAPPA
+
+    def test_a_second_of_many_blocks_is_one_step(self):
+        loop = LatencyLoop(0.05, 0.99, executors=2)
+        for _ in range(loop.TICKS):
+            loop.affordable(300.0, 0.008, COSTS[0], COSTS[-1])
+        for _ in range(50 * loop.BLOCK):
+            loop.observe(0.1)
+        assert KAPPA < loop.kappa <= KAPPA * math.exp(loop.GAIN_UP * math.log(2)) * 1.001
 
     def test_one_block_in_the_dead_band_moves_nothing(self):
         loop = LatencyLoop(0.05, 0.5, executors=2)

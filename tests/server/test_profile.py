@@ -178,6 +178,19 @@ class TestLiveProfile:
             live.observe(2, 4, profile.seconds(2, 4) * (100 if number % 50 == 0 else 1))
         assert live.seconds(2, 4) == pytest.approx(profile.seconds(2, 4), rel=0.03)
 
+    def test_a_correction_that_nothing_tests_fades(self) -> None:
+        profile = measured()
+        live = LiveProfile(profile)
+        for _ in range(200):
+            live.observe(1, 8, 5 * profile.seconds(1, 8))
+            live.observe(2, 8, 5 * profile.seconds(2, 8))
+        for tick in range(800):  # 40 s
+            live.forget(0.05)
+            if tick % 40 == 0:
+                live.observe(1, 8, 5 * profile.seconds(1, 8))
+        assert live.seconds(1, 8) == pytest.approx(5 * profile.seconds(1, 8), rel=0.02), "tested every other second"
+        assert live.seconds(2, 8) == pytest.approx(profile.seconds(2, 8), rel=0.02)
+
     def test_what_says_nothing_changes_nothing(self) -> None:
         live = LiveProfile(LatencyProfile.lines([0.0], [0.0]))
         live.observe(1, 8, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
@@ -85,6 +86,31 @@ class Cascade:
 def exits(request: Request) -> list[int]:
     assert request.answer is not None
     return [result.exit for result in request.answer.results]
+
+
+def test_a_confidence_that_is_no_number_fails_its_request_and_no_other() -> None:
+    cascade = Cascade()
+    broken, sound = cascade.admit([UNSURE, SURE], [SURE], [UNSURE]), cascade.admit([UNSURE, SURE])
+    batch = cascade.dispatch()
+    output = cascade.engine.run(batch.run)
+    confidence = output.confidence.copy()
+    confidence[1] = np.nan
+    cascade.carry_out(cascade.scheduler.update(batch, dataclasses.replace(output, confidence=confidence), cascade.now))
+    assert isinstance(broken.error, EngineFailed)
+    assert broken.abandoned == "engine_failed"
+    cascade.run_dry()
+    assert exits(sound) == [2]
+    assert cascade.engine.slots_in_use == cascade.scheduler.load.slots == 0
+
+
+def test_a_low_request_that_is_larger_than_half_the_queue_needs_an_empty_one() -> None:
+    cascade = Cascade(max_queued_images=8)
+    large = [[SURE]] * 6
+    cascade.admit([SURE])
+    with pytest.raises(Overloaded):
+        cascade.admit(*large, priority=LOW)
+    cascade.run_dry()
+    assert cascade.admit(*large, priority=LOW).size == 6
 
 
 # -- order
