@@ -10,7 +10,8 @@ What has an owner elsewhere (queues, slots, the budget) is read from it when Pro
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from prometheus_client import (
@@ -21,12 +22,13 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from server.budget import BudgetState
 from server.confidence_sequence import Interval
-from server.core import ImageResult, OperatingPoint
+from server.core import ImageResult
 from server.drift import DriftState
 from server.profile import LiveProfile
 
@@ -209,12 +211,13 @@ class Metrics:
         slots_in_use: Callable[[], int],
         requests_in_flight: Callable[[], int],
         held_bytes: Callable[[], int],
-        point: Callable[[], OperatingPoint],
+        budget: Callable[[], BudgetState],
         ready: Callable[[], bool],
         profile: Callable[[], LiveProfile | None],
+        kappa: Callable[[], float],
         arrival_rate: Callable[[], float],
-        pressure: Callable[[], float],
         audits_pending: Callable[[], int],
+        agreement: Callable[[], Interval],
         accuracy_gap: Callable[[], Interval],
         drift: Callable[[], DriftState],
     ) -> None:
@@ -224,12 +227,13 @@ class Metrics:
             "slots_in_use": slots_in_use,
             "requests_in_flight": requests_in_flight,
             "held_bytes": held_bytes,
-            "point": point,
+            "budget": budget,
             "ready": ready,
             "profile": profile,
+            "kappa": kappa,
             "arrival_rate": arrival_rate,
-            "pressure": pressure,
             "audits_pending": audits_pending,
+            "agreement": agreement,
             "accuracy_gap": accuracy_gap,
             "drift": drift,
         }
@@ -257,55 +261,52 @@ class _Live(Collector):
         build.add_metric(list(self._build.values()), 1)
         yield build
 
-        depth = GaugeMetricFamily("dvt_queue_depth", "Images that wait for a stage.", labels=["stage"])
-        for stage, images in now.get("queue_depths", {}).items():
-            depth.add_metric([str(stage)], images)
-        yield depth
-
-        thresholds = GaugeMetricFamily(
-            "dvt_threshold", "Confidence at which an image leaves, per exit.", labels=["exit"]
-        )
-        point: OperatingPoint | None = now.get("point")
-        for exit_, threshold in enumerate(point.thresholds if point else (), start=1):
-            thresholds.add_metric([str(exit_)], threshold)
-        yield thresholds
-
-        fixed = GaugeMetricFamily(
-            "dvt_profile_fixed_seconds", "What a batch is believed to take, of whatever size.", labels=["stage"]
-        )
-        image = GaugeMetricFamily(
-            "dvt_profile_image_seconds", "What each image of a batch is believed to add.", labels=["stage"]
-        )
+        budget: BudgetState | None = now.get("budget")
         profile: LiveProfile | None = now.get("profile")
-        for stage, cost in enumerate(profile.stages if profile else (), start=1):
-            fixed.add_metric([str(stage)], cost.fixed)
-            image.add_metric([str(stage)], cost.per_image)
-        yield fixed
-        yield image
-
-        gap = GaugeMetricFamily(
-            "dvt_audit_accuracy_gap",
-            "What leaving early costs in accuracy: estimate and bounds.",
-            labels=["bound"],
-        )
-        estimate: Interval | None = now.get("accuracy_gap")
-        if estimate is not None and estimate.mean is not None:
-            for bound in ("mean", "low", "high"):
-                gap.add_metric([bound], getattr(estimate, bound))
-        yield gap
-
-        z = GaugeMetricFamily(
-            "dvt_drift_z", "Share of images that leave here against calibration, in standard errors.", labels=["exit"]
-        )
         drift: DriftState | None = now.get("drift")
-        for exit_, errors in enumerate((drift and drift.z) or (), start=1):
-            z.add_metric([str(exit_)], errors)
-        yield z
-
+        stages = profile.stages if profile else ()
+        yield from _of_budget(budget)
+        for name, help_, label, values in (
+            ("dvt_queue_depth", "Images that wait for a stage.", "stage", now.get("queue_depths", {})),
+            (
+                "dvt_profile_fixed_seconds",
+                "What a batch is believed to take, of whatever size.",
+                "stage",
+                _numbered(cost.fixed for cost in stages),
+            ),
+            (
+                "dvt_profile_image_seconds",
+                "What each image of a batch is believed to add.",
+                "stage",
+                _numbered(cost.per_image for cost in stages),
+            ),
+            (
+                "dvt_audit_agreement",
+                "Share of images to which the last exit gives the class that was answered: estimate and bounds.",
+                "bound",
+                _bounds(now.get("agreement")),
+            ),
+            (
+                "dvt_audit_accuracy_gap",
+                "What leaving early costs in accuracy: estimate and bounds.",
+                "bound",
+                _bounds(now.get("accuracy_gap")),
+            ),
+            (
+                "dvt_drift_z",
+                "Share of images that leave here against calibration, in standard errors.",
+                "exit",
+                _numbered((drift and drift.z) or ()),
+            ),
+        ):
+            yield _gauges(name, help_, label, values)
         for name, help_, value in (
-            ("dvt_budget_version", "Version of the operating point in force.", point.version if point else None),
+            (
+                "dvt_latency_kappa",
+                "Half of p99 over p50 of a loaded server, as latency budgets have learned it.",
+                now.get("kappa") if profile else None,
+            ),
             ("dvt_arrival_rate", "Images that are asked for in a second, refused or not.", now.get("arrival_rate")),
-            ("dvt_pressure", "Share of the target's cost that an overload takes away.", now.get("pressure")),
             ("dvt_slots_in_use", "Images whose reuse state is kept between stages.", now.get("slots_in_use")),
             ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),
             ("dvt_held_bytes", "Bytes of request bodies in memory.", now.get("held_bytes")),
@@ -322,7 +323,103 @@ class _Live(Collector):
             ),
             ("dvt_ready", "1 when the server is warmed up and not draining.", now.get("ready")),
         ):
-            family = GaugeMetricFamily(name, help_)
-            if value is not None:
-                family.add_metric([], float(value))
-            yield family
+            yield _gauge(name, help_, value)
+
+
+def _of_budget(budget: BudgetState | None) -> Iterator[Metric]:
+    """What GET /budget says, in base units."""
+    mix, observed = (budget.mix, budget.observed) if budget else (None, None)
+    fractions = observed.exit_fractions if observed else None
+    for name, help_, label, values in (
+        (
+            "dvt_threshold",
+            "Confidence at which an image leaves, per exit; of a mixed budget, the cheaper ones.",
+            "exit",
+            _numbered(budget.thresholds if budget else ()),
+        ),
+        (
+            "dvt_mix_threshold",
+            "The dearer thresholds of a mixed budget, per exit.",
+            "exit",
+            _numbered(mix.thresholds if mix else ()),
+        ),
+        (
+            "dvt_budget_target",
+            "What the operator asked for; no series of the kinds that are not asked for.",
+            "kind",
+            _target(budget.target if budget else {}),
+        ),
+        (
+            "dvt_budget_observed_exit_ratio",
+            "Share of the last images under this budget that left here.",
+            "exit",
+            _numbered(fractions or ()),
+        ),
+    ):
+        yield _gauges(name, help_, label, values)
+    for name, help_, value in (
+        ("dvt_mix_share", "Share of the requests that dvt_mix_threshold judges.", mix.share if mix else None),
+        ("dvt_budget_version", "Version of the operating point in force.", budget.version if budget else None),
+        (
+            "dvt_budget_row",
+            "Row of the frontier in force, from 0, or the next cheaper one.",
+            budget.row if budget else None,
+        ),
+        (
+            "dvt_pressure",
+            "Share of the target's cost that an overload takes away.",
+            budget.pressure if budget else None,
+        ),
+        (
+            "dvt_budget_observed_images",
+            "Images that the observed values speak of: the last under this budget.",
+            observed.images if observed else None,
+        ),
+        (
+            "dvt_budget_observed_gmacs",
+            "Mean cost of the last images under this budget, in billions of multiply-accumulates.",
+            observed.gmacs if observed else None,
+        ),
+    ):
+        yield _gauge(name, help_, value)
+    # A summary, as only those have a label `quantile`; of the last images, so there is no sum to add up.
+    latency = SummaryMetricFamily(
+        "dvt_budget_observed_latency_seconds", "From body to answer, of the last images under this budget."
+    )
+    for quantile, ms in (("0.5", observed.latency_ms.p50), ("0.99", observed.latency_ms.p99)) if observed else ():
+        if ms is not None:
+            latency.add_sample(latency.name, {"quantile": quantile}, ms / 1000)
+    yield latency
+
+
+def _gauge(name: str, help_: str, value: float | None) -> Metric:
+    """Without a sample where nothing is known."""
+    family = GaugeMetricFamily(name, help_)
+    if value is not None:
+        family.add_metric([], float(value))
+    return family
+
+
+def _gauges(name: str, help_: str, label: str, values: Mapping[Any, float]) -> Metric:
+    """One sample for each value of the label."""
+    family = GaugeMetricFamily(name, help_, labels=[label])
+    for key, value in values.items():
+        family.add_metric([str(key)], float(value))
+    return family
+
+
+def _numbered(values: Iterable[float]) -> dict[int, float]:
+    """By stage or exit."""
+    return dict(enumerate(values, start=1))
+
+
+def _bounds(interval: Interval | None) -> dict[str, float]:
+    return asdict(interval) if interval is not None and interval.mean is not None else {}
+
+
+def _target(target: Mapping[str, Any]) -> dict[str, float]:
+    """A target's numbers; those of thresholds are metrics of their own."""
+    values = {kind: value for kind, value in target.items() if kind != "thresholds"}
+    if "latency_ms" in values:
+        values["latency_seconds"] = values.pop("latency_ms") / 1000
+    return values

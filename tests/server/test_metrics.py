@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.budget import BudgetState, Feasible, Observed, Prediction, Quantiles
 from server.confidence_sequence import Interval
-from server.core import ImageResult, OperatingPoint
+from server.core import ImageResult, Mix
 from server.drift import DriftState
+from server.loops import KAPPA
 from server.metrics import Metrics
 from server.profile import LatencyProfile, LiveProfile
 
@@ -25,6 +31,27 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 def result(exit_: int, degraded: bool = False) -> ImageResult:
     return ImageResult(
         np.zeros(2, np.float32), exit_, 0.9, degraded, queue_s=0.002, compute_s=0.004, confidences=(0.9,) * exit_
+    )
+
+
+UNKNOWN = Observed(0, None, None, Quantiles(None, None))
+
+
+def state(
+    target: dict[str, Any], observed: Observed = UNKNOWN, row: int | None = None, mix: Mix | None = None
+) -> BudgetState:
+    return BudgetState(
+        version=4,
+        target=target,
+        hold="cost",
+        clamped=False,
+        thresholds=(0.9, 0.7, 0.0),
+        mix=mix,
+        predicted=Prediction(None, None, None),
+        observed=observed,
+        feasible=Feasible((0.01, 0.08), (0.5, 0.9), None),
+        row=row,
+        pressure=0.25,
     )
 
 
@@ -65,12 +92,18 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
         slots_in_use=lambda: slots,
         requests_in_flight=lambda: 7,
         held_bytes=lambda: 100,
-        point=lambda: OperatingPoint(4, (0.9, 0.7, 0.0)),
+        budget=lambda: state(
+            {"latency_ms": 25.0, "quantile": 0.9},
+            Observed(200, 0.03, (0.5, 0.25, 0.25), Quantiles(6.0, 20.0)),
+            row=7,
+            mix=Mix((0.95, 0.8, 0.0), 0.4),
+        ),
         ready=lambda: True,
         profile=lambda: LiveProfile(LatencyProfile.lines([0.001, 0.0, 0.0], [0.002, 0.003, 0.004])),
+        kappa=lambda: 1.5,
         arrival_rate=lambda: 12.5,
-        pressure=lambda: 0.25,
         audits_pending=lambda: 5,
+        agreement=lambda: Interval(0.97, 0.9, 1.0),
         accuracy_gap=lambda: Interval(0.01, 0.004, 0.02),
         drift=lambda: DriftState(9000, 0.25, (4.5, -1.0, 0.0), True, ("psi", "exit_fractions")),
     )
@@ -80,11 +113,21 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
     assert value(metrics, "dvt_slots_in_use") == 3
     assert value(metrics, "dvt_queue_depth", stage="3") == 2
     assert value(metrics, "dvt_threshold", exit="2") == 0.7
-    assert value(metrics, "dvt_budget_version") == 4
+    assert (value(metrics, "dvt_mix_threshold", exit="1"), value(metrics, "dvt_mix_share")) == (0.95, 0.4)
+    assert (value(metrics, "dvt_budget_version"), value(metrics, "dvt_budget_row")) == (4, 7)
+    assert value(metrics, "dvt_budget_target", kind="latency_seconds") == 0.025
+    assert value(metrics, "dvt_budget_target", kind="quantile") == 0.9
+    assert value(metrics, "dvt_budget_observed_images") == 200
+    assert value(metrics, "dvt_budget_observed_gmacs") == 0.03
+    assert value(metrics, "dvt_budget_observed_exit_ratio", exit="2") == 0.25
+    assert value(metrics, "dvt_budget_observed_latency_seconds", quantile="0.5") == 0.006
+    assert value(metrics, "dvt_budget_observed_latency_seconds", quantile="0.99") == 0.02
+    assert value(metrics, "dvt_latency_kappa") == 1.5
     assert value(metrics, "dvt_ready") == 1
     assert value(metrics, "dvt_profile_fixed_seconds", stage="1") == pytest.approx(0.001)
     assert value(metrics, "dvt_profile_image_seconds", stage="3") == pytest.approx(0.004)
     assert value(metrics, "dvt_audits_pending") == 5
+    assert [value(metrics, "dvt_audit_agreement", bound=b) for b in ("mean", "low", "high")] == [0.97, 0.9, 1.0]
     assert [value(metrics, "dvt_audit_accuracy_gap", bound=b) for b in ("mean", "low", "high")] == [0.01, 0.004, 0.02]
     assert (value(metrics, "dvt_drift_psi"), value(metrics, "dvt_drift_alarm")) == (0.25, 1)
     assert value(metrics, "dvt_drift_z", exit="2") == -1
@@ -96,15 +139,23 @@ def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
         slots_in_use=lambda: 0,
         requests_in_flight=lambda: 0,
         held_bytes=lambda: 0,
-        point=lambda: OperatingPoint(1, (0.5, 0.0)),
+        budget=lambda: state({"thresholds": [0.9, 0.7]}),
         ready=lambda: True,
         profile=lambda: None,
+        kappa=lambda: 1.17,
         arrival_rate=lambda: 0.0,
-        pressure=lambda: 0.0,
         audits_pending=lambda: 0,
+        agreement=lambda: Interval(None, None, None),
         accuracy_gap=lambda: Interval(None, None, None),
         drift=lambda: DriftState(0, None, None, False, ()),
     )
+    with_samples = {family.name for family in metrics.registry.collect() if family.samples}
+    assert not with_samples & {
+        "dvt_audit_agreement", "dvt_budget_target", "dvt_budget_row", "dvt_budget_observed_gmacs",
+        "dvt_budget_observed_exit_ratio", "dvt_budget_observed_latency_seconds", "dvt_mix_threshold", "dvt_mix_share",
+        "dvt_latency_kappa",
+    }  # fmt: skip
+    assert value(metrics, "dvt_budget_observed_images") == 0
     assert value(metrics, "dvt_audit_accuracy_gap", bound="mean") is None
     assert value(metrics, "dvt_drift_psi") is None
     assert value(metrics, "dvt_drift_z", exit="1") is None
@@ -128,3 +179,93 @@ def test_the_text_is_what_prometheus_parses_and_every_metric_is_explained(metric
     for name, family in families.items():
         assert family.documentation, name
         assert name.startswith(("dvt_", "process_"))
+
+
+async def scrape(served: Any) -> dict[tuple[str, ...], float]:
+    """What Prometheus reads of a server: values by name and label values."""
+    text = (await served.http.get("/metrics")).text
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def of(samples: dict[tuple[str, ...], float], name: str) -> dict[tuple[str, ...], float]:
+    """One metric's values by label values."""
+    return {key[1:]: value for key, value in samples.items() if key[0] == name}
+
+
+class TestTheLiveBudget:
+    """The metrics say what GET /budget says."""
+
+    async def test_a_target_of_another_kind_replaces_the_series(self, serve: Any) -> None:
+        async with serve(profile_seconds=9) as served:
+            assert of(await scrape(served), "dvt_budget_target") == {}, "thresholds are metrics of their own"
+            for target, series in (
+                ({"gmacs": 0.03}, {("gmacs",): 0.03}),
+                ({"accuracy": 0.5}, {("accuracy",): 0.5}),
+                ({"latency_ms": 60_000, "quantile": 0.9}, {("latency_seconds",): 60, ("quantile",): 0.9}),
+                ({"gmacs": 0.04}, {("gmacs",): 0.04}),
+            ):
+                budget = (await served.http.put("/budget", json=target)).json()
+                samples = await scrape(served)
+                assert of(samples, "dvt_budget_target") == series
+                assert samples["dvt_budget_row",] == budget["row"]
+                assert samples["dvt_budget_version",] == budget["version"]
+
+    async def test_what_is_observed_appears_with_the_first_image_and_goes_with_a_new_budget(
+        self, served: Any, photo: Callable[..., bytes]
+    ) -> None:
+        names = ("gmacs", "exit_ratio", "latency_seconds")
+        samples = await scrape(served)
+        assert not any(of(samples, f"dvt_budget_observed_{name}") for name in names)
+        await served.classify(photo(255))
+        await served.classify(photo(10, 255))
+        observed = (await served.http.get("/budget")).json()["observed"]
+        samples = await scrape(served)
+        assert samples["dvt_budget_observed_images",] == 2
+        assert samples["dvt_budget_observed_gmacs",] == observed["gmacs"] == pytest.approx(0.02)
+        assert of(samples, "dvt_budget_observed_exit_ratio") == {("1",): 0.5, ("2",): 0.5, ("3",): 0}
+        assert of(samples, "dvt_budget_observed_latency_seconds") == {
+            ("0.5",): pytest.approx(observed["latency_ms"]["p50"] / 1000),
+            ("0.99",): pytest.approx(observed["latency_ms"]["p99"] / 1000),
+        }
+        await served.http.put("/budget", json={"gmacs": 0.03})
+        samples = await scrape(served)
+        assert samples["dvt_budget_observed_images",] == 0
+        assert not any(of(samples, f"dvt_budget_observed_{name}") for name in names)
+
+    async def test_a_mixed_budget_shows_both_sets_of_thresholds_while_it_lasts(self, served: Any) -> None:
+        body = {"gmacs": 0.03, "mix": True, "hold": "quality"}
+        budget = (await served.http.put("/budget", json=body)).json()
+        samples = await scrape(served)
+        for name, thresholds in (
+            ("dvt_threshold", budget["thresholds"]),
+            ("dvt_mix_threshold", budget["mix"]["thresholds"]),
+        ):
+            assert of(samples, name) == {(str(i),): threshold for i, threshold in enumerate(thresholds, start=1)}
+        assert 0 < samples["dvt_mix_share",] == budget["mix"]["share"] < 1
+        await served.http.put("/budget", json={"gmacs": 0.03})
+        samples = await scrape(served)
+        assert of(samples, "dvt_mix_threshold") == of(samples, "dvt_mix_share") == {}
+
+    async def test_the_intervals_of_the_audits(self, serve: Any, photo: Callable[..., bytes]) -> None:
+        async with serve(audit_fraction=1) as served:
+            assert of(await scrape(served), "dvt_audit_agreement") == {}
+            for last in (10, 255, 255):  # the last exit gives another class, and twice the same
+                await served.classify(photo(255, 255, last, klass=3))
+            while (task := served.service.audit._task) is not None:
+                await asyncio.wait([task])
+            audit = (await served.http.get("/budget")).json()["audit"]
+            samples = await scrape(served)
+            for name, interval in (("agreement", audit["agreement"]), ("accuracy_gap", audit["accuracy_gap"])):
+                assert of(samples, f"dvt_audit_{name}") == {(bound,): limit for bound, limit in interval.items()}
+            assert 0 < samples["dvt_audit_agreement", "mean"] < 1
+
+    async def test_kappa_is_what_latency_budgets_reckon_with(self, serve: Any, served: Any) -> None:
+        assert of(await scrape(served), "dvt_latency_kappa") == {}, "without a profile nobody reckons with it"
+        async with serve(profile_seconds=9) as profiled:
+            assert (await scrape(profiled))["dvt_latency_kappa",] == KAPPA
+            profiled.service.machine.kappa = 2.5
+            assert (await scrape(profiled))["dvt_latency_kappa",] == 2.5
