@@ -506,7 +506,12 @@ class TestPreview:
         schemas.Preview.model_validate(body, strict=True)
         assert (body["target"], body["hold"], body["clamped"]) == ({"gmacs": 0.03}, "quality", False)
         assert body["traffic"]["images"] == 2
+        assert body["traffic"]["thresholds"] == body["thresholds"]
         assert body["traffic"]["present"]["exit_fractions"][0] == pytest.approx(0.5, abs=0.02)
+        held = (await served.http.post("/budget/preview", json={"gmacs": 0.03})).json()
+        schemas.Preview.model_validate(held, strict=True)
+        assert held["thresholds"] == body["thresholds"]
+        assert held["traffic"]["target"]["gmacs"] <= 0.03
         after = await served.http.get("/budget")
         assert (after.json(), after.headers["etag"]) == (before.json(), before.headers["etag"])
         put = (await served.http.put("/budget", json={"gmacs": 0.03, "hold": "quality"})).json()
