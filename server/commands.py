@@ -335,6 +335,7 @@ def _describe_preview(preview: dict[str, Any]) -> str:
     if traffic is None:
         return "\n".join([*lines, "traffic     nothing to tell it from yet"])
     lines.append(f"traffic     {_prediction(traffic['target'])}, estimated for the last {traffic['images']} images")
+    lines.append(f"            by thresholds {_numbers(traffic['thresholds'])}")
     lines.append(f"at present  {_prediction(traffic['present'])}")
     return "\n".join(lines)
 

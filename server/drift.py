@@ -4,8 +4,8 @@ Two comparisons, over the last images:
 
 - the histogram of confidence at the first exit, by the population stability index over the deciles of the calibration
   records. What the first exit says of an image does not depend on thresholds, so this goes on over changes of them;
-- where images leave, against what calibration says of the operating point in force, by one two-proportion z per exit.
-  Starts anew with every operating point, also with those that the cost loop walks through.
+- where images leave, against what calibration says of the operating points that judged them, each image by its own: the
+  cost loop moves on every few hundred images, and no point alone sees enough. By one two-proportion z per exit.
 
 Both need images enough to say something. Neither needs labels, and neither says that accuracy has suffered: traffic of
 easier images alarms as well. That is what audits estimate.
@@ -30,6 +30,7 @@ WINDOW = 10_000  # images that are looked back upon
 ENOUGH = 500  # images without which nothing is said, and after which it is judged again
 MAX_PSI = 0.2  # the customary mark of a population that has shifted
 MAX_Z = 4.0
+POINTS = 16  # operating points, the last, whose late answers are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class DriftState:
 
     images: int  # in the window
     psi: float | None  # None with too few images, or without calibration records
-    z: tuple[float, ...] | None  # per exit; None with too few images under this operating point
+    z: tuple[float, ...] | None  # per exit; None with too few images, or with a point in force that is unknown
     alarm: bool
     reasons: tuple[str, ...]  # what alarms: "psi", "exit_fractions"
 
@@ -57,33 +58,38 @@ class Drift:
         in force, or None where it cannot. `records`: None where there are none."""
         self._samples = samples
         self._expected = expected
-        self._point = point
+        self._known: dict[OperatingPoint, Sequence[float] | None] = {}  # of the last POINTS, the oldest first
         self._reference: _Histogram | None = None
         if records is not None and records.correct.size:
             self._reference = _Histogram(records.confidence[0])
         self._confidence = np.zeros(WINDOW, dtype=np.float32)
         self._exits = np.zeros(WINDOW, dtype=np.uint8)
+        self._fractions = np.zeros((WINDOW, len(point.thresholds)))  # what was to be expected of each of these exits
         self._images = 0  # ever
-        self._judged = 0  # images that the operating point in force has judged
+        self._judged = 0  # of them those whose exits are counted
         self._alarmed = False
+        self.retune(point)
 
     def retune(self, point: OperatingPoint) -> None:
-        """Another operating point is in force: other fractions are to be expected."""
-        self._point = point
-        self._judged = 0
+        """Another operating point is in force: other fractions are to be expected, of the images to come."""
+        self._known.pop(point, None)  # it becomes the newest
+        self._known[point] = self._expected()
+        if len(self._known) > POINTS:
+            del self._known[next(iter(self._known))]
 
     def observe(self, answer: Answer, steered: bool) -> None:
         """Count an answered request. `steered`: it brought its own min_confidence or max_exit.
 
-        Where such images left, or degraded ones, or those that an earlier point judged, says nothing of the point in
-        force.
+        Where such images left, or degraded ones, says nothing of the traffic. Answers that an earlier point still gives
+        do: they are those of the images that went deep, and without them too many would seem to leave early.
         """
-        counts = not steered and answer.point is self._point
+        fractions = None if steered else self._known.get(answer.point)
         for result in answer.results:
             self._confidence[self._images % WINDOW] = result.confidences[0]
             self._images += 1
-            if counts and not result.degraded:
+            if fractions is not None and not result.degraded:
                 self._exits[self._judged % WINDOW] = result.exit
+                self._fractions[self._judged % WINDOW] = fractions
                 self._judged += 1
             if self._images % ENOUGH == 0:
                 self._judge()
@@ -123,11 +129,12 @@ class Drift:
 
     def _z(self) -> tuple[float, ...] | None:
         images = min(self._judged, WINDOW)
-        if images < ENOUGH or (expected := self._expected()) is None or not self._samples:
+        if images < ENOUGH or self._expected() is None or not self._samples:
             return None
-        seen = np.bincount(self._exits[:images], minlength=len(expected) + 1)[1:] / images
-        pairs = zip(seen.tolist(), expected, strict=True)
-        return tuple(round(_two_proportion_z(p, images, q, self._samples), 2) for p, q in pairs)
+        fractions = self._fractions[:images]
+        seen = np.bincount(self._exits[:images], minlength=fractions.shape[1] + 1)[1:] / images
+        shares = zip(seen.tolist(), fractions.mean(axis=0).tolist(), fractions.var(axis=0).tolist(), strict=True)
+        return tuple(round(_two_proportion_z(p, images, q, self._samples, apart), 2) for p, q, apart in shares)
 
 
 class _Histogram:
@@ -163,8 +170,13 @@ def bins_of(values: Floats, edges: Floats) -> NDArray[np.intp]:
     return np.searchsorted(edges, values, side="right")
 
 
-def _two_proportion_z(p: float, n: int, q: float, m: int) -> float:
-    """Of the share p among n against q among m, pooled; 0 where nothing varies."""
+def _two_proportion_z(p: float, n: int, q: float, m: int, apart: float) -> float:
+    """Of the share p among n against q among m, pooled; q is the mean of n chances q_i, and `apart` their variance.
+
+    The variance of n independent draws by chances q_i is n times the mean of q_i (1 - q_i), and that is q (1 - q) less
+    `apart`; the errors of the q_i, all from the same m images, vary by no more. One image's at least is allowed for, as
+    nothing varies where every q_i is 0 or 1.
+    """
     pooled = (n * p + m * q) / (n + m)
-    spread = math.sqrt(max(0.0, pooled * (1 - pooled)) * (1 / n + 1 / m))
-    return (p - q) / spread if spread > 0 else 0.0
+    variance = max(pooled * (1 - pooled) - apart, 1 / (n + m))
+    return (p - q) / math.sqrt(variance * (1 / n + 1 / m))

@@ -3,7 +3,8 @@
 The live window knows of every image only what the first exit said: where it would have left, and whether rightly, under
 other thresholds, nobody has seen. Calibration has seen that, but of its own images. So its records are weighted until
 their confidences at the first exit are distributed as the window's (post-stratification over quantile bins), and the
-thresholds are evaluated on the weighted records.
+thresholds are evaluated on the weighted records. Where the cost loop would hold a cost, those are the ones at which the
+weighted records cost that: about there the loop settles on such traffic, whatever thresholds it begins with.
 
 Assumed is that traffic differs from the calibration images only in how many images of which first confidence there are:
 of two images that the first exit is equally sure of, one from each, the later exits say the same. Harder or easier
@@ -12,7 +13,8 @@ traffic of the same kind is like that; images of another kind, on which the mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from server.budget import Hold, Prediction, Setting, Solution
 from server.core import Floats, Mix, OperatingPoint
 from server.drift import bins_of, quantile_edges
-from server.frontier import Frontier, Records, exits_taken
+from server.frontier import Frontier, FrontierRow, Mixture, Records, exits_taken, upper_hull
 
 BINS = 50
 
@@ -32,7 +34,10 @@ class Traffic:
     """Estimates for the traffic in the window."""
 
     images: int  # in the window
-    target: Prediction  # had the budget been in force
+    thresholds: tuple[float, ...]  # that the budget comes to: where a cost is held, those that cost it on this traffic
+    mix: Mix | None
+    row: int  # the frontier's row of these, or the next below
+    target: Prediction  # had these been in force
     present: Prediction  # by the thresholds that are
 
 
@@ -60,19 +65,44 @@ def preview(frontier: Frontier, solution: Solution, present: OperatingPoint, win
         thresholds=setting.thresholds,
         mix=setting.mix,
         predicted=setting.predicted,
-        traffic=_traffic(frontier, setting, present, window),
+        traffic=_traffic(frontier, solution, present, window),
     )
 
 
-def _traffic(frontier: Frontier, wanted: Setting, present: OperatingPoint, window: Floats) -> Traffic | None:
+def _traffic(frontier: Frontier, solution: Solution, present: OperatingPoint, window: Floats) -> Traffic | None:
     records = frontier.records
     if records is None or not records.correct.size or not len(window):
         return None
     weights = post_stratify(records.confidence[0], window)
+    stage_gmacs = np.asarray(frontier.stage_gmacs)
+
+    def cost(row: FrontierRow) -> float:
+        return round(float(weights @ stage_gmacs[exits_taken(records, row.thresholds)]), 9)
+
+    wanted = solution.setting
+    if solution.held_gmacs is not None:
+        wanted = _held(frontier, solution.held_gmacs, solution.mix, cost)
+    row = max(0, bisect_right(frontier.rows, wanted.predicted.gmacs, key=lambda row: row.gmacs) - 1)
     target, now = (
         _estimate(records, weights, point.thresholds, point.mix, frontier.stage_gmacs) for point in (wanted, present)
     )
-    return Traffic(len(window), target, now)
+    return Traffic(len(window), wanted.thresholds, wanted.mix, row, target, now)
+
+
+def _held(frontier: Frontier, gmacs: float, mix: bool, cost: Callable[[FrontierRow], float]) -> Setting:
+    """Where the cost loop settles: the row whose `cost` is at most `gmacs` while the next one's is more (it goes to and
+    fro between the two), or the mixture of both that costs `gmacs`. An end of the frontier for a cost beyond it.
+
+    A search by halves: some eight evaluations of `cost`. It finds such a row also where costs do not quite rise.
+    """
+    rows = upper_hull(frontier.rows) if mix else frontier.rows
+    at = max(0, bisect_right(rows, gmacs, key=cost) - 1)
+    if not mix:
+        return Setting.of(rows[at])
+    cheaper, dearer = rows[at], rows[min(at + 1, len(rows) - 1)]
+    low, high = cost(cheaper), cost(dearer)
+    share = (gmacs - low) / (high - low) if low < gmacs < high else 0.0
+    return Setting.of_mixture(Mixture(cheaper, dearer, share))
 
 
 def post_stratify(sample: Floats, population: Floats) -> NDArray[np.float64]:

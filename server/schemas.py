@@ -118,7 +118,8 @@ class Drift(_Model):
     images: int = Field(description="How many images this looks back upon.")
     psi: float | None = Field(description="Of confidence at exit 1, over deciles; above 0.2 it alarms. Null: too few.")
     z: list[float] | None = Field(
-        description="Per exit, of the share that leaves there; beyond 4 it alarms. Null: too few yet."
+        description="Per exit, of the share that leaves there, over changes of thresholds; beyond 4 it alarms. Null: "
+        "too few yet, or nothing is known of the thresholds in force."
     )
     alarm: bool
     reasons: list[Literal["psi", "exit_fractions"]]
@@ -185,7 +186,13 @@ class Traffic(_Model):
     """Estimates: calibration records, weighted so that their confidences at exit 1 are distributed as the traffic's."""
 
     images: int = Field(description="How many images this looks back upon.")
-    target: Predicted = Field(description="Had the budget been in force.")
+    thresholds: list[float] = Field(
+        description="That the budget would come to on this traffic: with `hold` `cost` the dearest that cost no more "
+        "on it than is to be held, or the end of the frontier; else those that it begins with."
+    )
+    mix: Mix | None
+    row: int = Field(description="Of `GET /frontier`, from 0: of these thresholds, or the next cheaper one.")
+    target: Predicted = Field(description="Had these thresholds been in force.")
     present: Predicted = Field(description="By the thresholds in force.")
 
 

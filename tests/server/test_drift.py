@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from server.budget import CostLoop
 from server.core import Answer, Floats, ImageResult, OperatingPoint
-from server.drift import ENOUGH, WINDOW, Drift, bins_of, quantile_edges
-from server.frontier import Frontier, Records, sweep
+from server.drift import ENOUGH, POINTS, WINDOW, Drift, bins_of, quantile_edges
+from server.frontier import Frontier, FrontierRow, Records, sweep
 
 GMACS = (0.5, 1.0, 2.0)
 NOTHING = np.zeros(0, np.float32)
@@ -39,20 +41,22 @@ class Watch:
 
     def __init__(self, frontier: Frontier, row: int | None = None) -> None:
         self.frontier = frontier
-        self.row = frontier.rows[len(frontier.rows) // 2 if row is None else row]
+        self.row: FrontierRow | None = frontier.rows[len(frontier.rows) // 2 if row is None else row]
         self.point = OperatingPoint(1, self.row.thresholds)
-        self.drift = Drift(frontier.records, frontier.samples, lambda: self.row.exit_fractions, self.point)
+        self.drift = Drift(frontier.records, frontier.samples, lambda: self.row and self.row.exit_fractions, self.point)
 
     def move_to(self, row: int) -> None:
         self.row = self.frontier.rows[row]
         self.point = OperatingPoint(1, self.row.thresholds)
         self.drift.retune(self.point)
 
-    def serve(self, confidence: Floats, point: OperatingPoint | None = None, **how: bool) -> None:
-        point = point or self.point
+    def serve(self, confidence: Floats, point: OperatingPoint | None = None, **how: bool) -> list[int]:
+        point, exits = point or self.point, []
         for image in confidence.T.tolist():
             exit_ = next(k for k, c in enumerate(image, start=1) if c >= point.thresholds[k - 1])
             self.drift.observe(answer(point, image[:exit_], how.get("degraded", False)), how.get("steered", False))
+            exits.append(exit_)
+        return exits
 
 
 def answer(point: OperatingPoint, confidences: Sequence[float], degraded: bool = False) -> Answer:
@@ -91,18 +95,52 @@ def test_nothing_is_said_before_there_are_images_enough(frontier: Frontier) -> N
     assert watch.drift.state().alarm
 
 
-def test_another_operating_point_starts_the_exits_anew_and_not_the_histogram(frontier: Frontier) -> None:
+def test_another_operating_point_changes_what_is_expected_and_not_what_was_seen(frontier: Frontier) -> None:
     watch = Watch(frontier)
     watch.serve(traffic(1000, 1)[0])
     before = watch.drift.state()
     assert before.z is not None
     watch.move_to(10)
-    state = watch.drift.state()
-    assert (state.images, state.psi, state.z) == (1000, before.psi, None)
+    assert watch.drift.state() == before
     watch.serve(traffic(1000, 2)[0])
     state = watch.drift.state()
     assert state.z is not None
-    assert not state.alarm, "compared with what is expected of the row in force"
+    assert not state.alarm, "each image is compared with what is expected of the row that judged it"
+
+
+@pytest.mark.parametrize(("harder", "alarms"), [(0.0, False), (0.2, True), (-0.2, True)])
+def test_the_exits_tell_while_the_cost_loop_walks(frontier: Frontier, harder: float, alarms: bool) -> None:
+    """It moves on before one operating point has seen images enough, and the cost is the wanted one throughout."""
+    for seed in range(1, 6):
+        loop = CostLoop(frontier, 0.8)
+        watch = Watch(frontier, loop.row)
+        moves, spent = 0, 0.0
+        for images in np.array_split(traffic(12_000, seed, harder)[0], 40, axis=1):
+            for exit_ in watch.serve(images):
+                spent += GMACS[exit_ - 1]
+                loop.observe(GMACS[exit_ - 1])
+            if frontier.rows[loop.row] != watch.row:
+                watch.move_to(loop.row)
+                moves += 1
+            state = watch.drift.state()
+            assert (state.z is None) == (state.images < ENOUGH)
+            assert alarms or not state.alarm
+        assert moves > 15
+        assert spent / 12_000 == pytest.approx(0.8, rel=0.03)
+        assert state.reasons == ("exit_fractions",) * alarms, "a shift too small for the histogram"
+
+
+def test_z_is_a_standard_normal_also_where_points_lie_far_apart(frontier: Frontier) -> None:
+    population = dataclasses.replace(frontier, samples=10**9)  # its records are no sample of another one
+    images, rng, found = traffic(5000, seed=0)[0], np.random.default_rng(0), []
+    for _ in range(100):
+        watch = Watch(population)
+        for row in (40, 200):
+            watch.move_to(row)
+            watch.serve(images[:, rng.integers(0, 5000, 300)])
+        found.append(watch.drift.state().z)
+    assert np.mean(found, axis=0) == pytest.approx(0, abs=0.3)
+    assert np.std(found, axis=0) == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("how", [{"steered": True}, {"degraded": True}])
@@ -116,12 +154,36 @@ def test_images_that_the_thresholds_did_not_decide_say_nothing_of_the_exits(
     assert state.z is None
 
 
-def test_images_that_an_earlier_point_judged_say_nothing_of_this_one(frontier: Frontier) -> None:
+def test_late_answers_of_an_earlier_point_are_compared_with_what_is_expected_of_that(frontier: Frontier) -> None:
     watch = Watch(frontier)
     past = watch.point
     watch.move_to(10)
     watch.serve(traffic(1000, 1)[0], past)
+    state = watch.drift.state()
+    assert state.z is not None
+    assert not state.alarm
+
+
+def test_points_of_long_ago_are_forgotten(frontier: Frontier) -> None:
+    watch = Watch(frontier)
+    past = watch.point
+    for row in range(POINTS):
+        watch.move_to(row)
+    watch.serve(traffic(1000, 1)[0], past)
     assert watch.drift.state().z is None
+
+
+def test_a_point_of_unknown_fractions_is_not_judged_by_the_images_before_it(frontier: Frontier) -> None:
+    watch = Watch(frontier)
+    watch.serve(traffic(1000, 1)[0])
+    known = watch.row
+    watch.row, watch.point = None, OperatingPoint(2, (0.5, 0.5, 0.0))
+    watch.drift.retune(watch.point)
+    watch.serve(traffic(1000, 2)[0])
+    assert watch.drift.state().z is None
+    watch.row, watch.point = known, OperatingPoint(3, known.thresholds)
+    watch.drift.retune(watch.point)
+    assert watch.drift.state().z is not None
 
 
 def test_only_the_last_images_count(frontier: Frontier) -> None:
