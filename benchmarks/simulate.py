@@ -37,7 +37,6 @@ from server.profile import LatencyProfile
 from server.scheduler import Policy
 
 TARGET = 0.99  # of all arrivals answered in time
-FLOOR = 0.1  # of the capacity: where even the best policy stays below, the configuration tells nothing of policies
 SERVER = "server"  # the contender that the others are compared with
 SPAN = (
     20.0  # deadlines that a run lasts at full load, at least: a shorter one ends before its queues are what they become
@@ -210,12 +209,15 @@ def compare(options: Options) -> Report:
     for row in _parallel(partial(_compare_one, options), configurations(options.configurations), options.processes):
         rows.append(row)
         print(f"{len(rows)}: {_name(row)}: {row['rates']}", file=sys.stderr, flush=True)  # it takes minutes
-    told = [row for row in rows if row["rates"][row["best"]] >= FLOOR * row["capacity"]]
-    report.add("configurations", f"{len(told)}", configurations=rows, told=len(told))
-    report.add(f"left out: the best baseline below {FLOOR:.0%} of capacity", f"{len(rows) - len(told)}")
-    if not told:
-        return report
-    ratios = np.array([row["rates"][SERVER] / row["rates"][row["best"]] for row in told])
+    _summarise(report, rows)
+    if options.plots:
+        _plot_compare(rows, report.figures["ratios"], options.plots / "simulate_compare.png")
+    return report
+
+
+def _summarise(report: Report, rows: Sequence[dict[str, Any]]) -> None:
+    report.add("configurations", f"{len(rows)}", configurations=rows)
+    ratios = np.array([_over([row], row["best"])[0] for row in rows])
     report.add(
         "goodput over the best baseline's",
         f"median {np.median(ratios):.3f}, worst {ratios.min():.3f}, best {ratios.max():.3f}",
@@ -223,20 +225,17 @@ def compare(options: Options) -> Report:
         median=float(np.median(ratios)),
         worst=float(ratios.min()),
     )
-    for name in told[0]["rates"]:
+    for name in rows[0]["rates"]:
         if name != SERVER:
-            against = _over(told, name)
+            against = _over(rows, name)
             report.add(f"over {name}", _spread(against), **{f"over_{name.replace(' ', '_')}": against})
-    paper = [row for row in told if row["mix"] == PAPER_MIX]
+    paper = [row for row in rows if tuple(row["mix"]) == PAPER_MIX]
     for name in ("padded", "no exit"):
         if paper:
             against = _over(paper, name)
             report.add(f"over {name}, mix .55 .25 .20", _spread(against), **{f"paper_mix_over_{name}": against})
     for at in np.argsort(ratios)[:8]:
-        report.add(f"lowest: {_name(told[at])}", f"{ratios[at]:.3f} of {told[at]['best']}")
-    if options.plots:
-        _plot_compare(told, ratios, options.plots / "simulate_compare.png")
-    return report
+        report.add(f"lowest: {_name(rows[at])}", f"{ratios[at]:.3f} of {rows[at]['best']}")
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -411,7 +410,7 @@ def _parse(arguments: list[str] | None) -> Options:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder for simulate_<study>.json")
     parser.add_argument("--plots", type=Path, help="folder for simulate_<study>.png")
-    parser.add_argument("--configurations", type=int, default=72, help="of compare (default %(default)s)")
+    parser.add_argument("--configurations", type=int, default=64, help="of compare (default %(default)s)")
     own = parser.add_argument_group("maximum")
     own.add_argument("--bundle", type=Path, help="draw from its logged records; by default they are synthetic")
     own.add_argument("--profile", type=_profile, default=PROFILES["gpu 20"], help="a,a,a/b,b,b in ms")
