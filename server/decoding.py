@@ -18,7 +18,6 @@ from server.bodies import EncodedImage
 from server.bundle import Preprocessing
 from server.core import Pixels
 from server.errors import BadImage, DeadlineExceeded, ImageTooLarge, Overloaded, UnsupportedMediaType
-from server.threads import step_back
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,7 +117,6 @@ class Decoder:
                 thread.join()
 
     def _serve(self, line: _Line) -> None:
-        step_back()
         while (work := line.get()) is not None:
             work(line is self._large)
             del work  # an idle thread must not keep an image alive
