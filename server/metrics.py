@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,11 +26,13 @@ from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamil
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from server.budget import BudgetState
 from server.confidence_sequence import Interval
 from server.core import ImageResult
 from server.drift import DriftState
 from server.profile import LiveProfile
+
+if TYPE_CHECKING:
+    from server.budget import BudgetState
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time beside every series would make half of each scrape
 
