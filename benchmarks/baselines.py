@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.virtual import Setup
-from server.frontier import NEVER, Records
-from server.profile import LatencyProfile
-from server.scheduler import Policy, StageView, deepest_first
+from server.bundle.frontier import NEVER, Records
+from server.bundle.profile import LatencyProfile
+from server.cascade.scheduler import Policy, StageView, deepest_first
 
 Contender = Callable[[Setup], tuple[Setup, Policy]]
 

@@ -10,7 +10,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from server.frontier import Records
+from server.bundle.frontier import Records
 
 
 def synthetic(samples: int, seed: int = 0) -> Records:

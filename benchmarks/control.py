@@ -21,13 +21,13 @@ from benchmarks.harness import RESULTS, Options, Report, command_line, finish
 from benchmarks.plots import pyplot, save
 from benchmarks.simulate import SAMPLES, profile_of, server
 from benchmarks.virtual import Fate, Setup, Simulation, Ticks, Trace
-from server.budget import BudgetController
-from server.control import Machine
-from server.frontier import Frontier, FrontierRow, sweep
-from server.loops import Brownout
-from server.profile import LiveProfile
-from server.scheduler import Load
-from server.store import MemoryStore, Policy
+from server.budget.control import Machine
+from server.budget.controller import BudgetController
+from server.budget.loops import Brownout
+from server.budget.store import MemoryStore, Policy
+from server.bundle.frontier import Frontier, FrontierRow, sweep
+from server.bundle.profile import LiveProfile
+from server.cascade.scheduler import Load
 
 GMACS = (0.4725, 1.4625, 3.4975)  # T2T-ViT-12, cumulative
 PROFILE = ((0.2, 0.2, 0.2), (0.02, 0.06, 0.15))  # milliseconds a batch, and an image of it, by stage

@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, Report, finish
-from server.bundle import Bundle
-from server.calibrate import read_image_folder, record
+from server.bundle.frontier import FrontierRow, Records, evaluate_thresholds
+from server.bundle.manifest import Bundle
+from server.calibration.calibrate import read_image_folder, record
+from server.calibration.evaluate import Evaluation, evaluate
+from server.calibration.families import geometric
 from server.engines import load_engine
-from server.evaluate import Evaluation, evaluate
-from server.families import geometric
-from server.frontier import FrontierRow, Records, evaluate_thresholds
 from server.settings import usable_cores
 
 

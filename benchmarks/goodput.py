@@ -34,8 +34,8 @@ from benchmarks.serve_with import SLEEP_BATCH, sleeping
 from benchmarks.simulate import Traffic, maximum
 from benchmarks.simulate import server as servers_policy
 from benchmarks.virtual import Setup
-from server.bundle import Bundle
-from server.frontier import NEVER, Records
+from server.bundle.frontier import NEVER, Records
+from server.bundle.manifest import Bundle
 
 TARGET = 0.99
 CONTENDERS = {
@@ -228,7 +228,7 @@ def _labelled(options: Options, bundle: Bundle) -> tuple[list[bytes], list[list[
 def _files(options: Options, bundle: Bundle) -> tuple[list[bytes], list[str | None]]:
     if options.images_from is None:
         return photos(options.images), [None] * options.images
-    from server.calibrate import read_image_folder
+    from server.calibration.calibrate import read_image_folder
 
     examples = read_image_folder(options.images_from, bundle.manifest.labels, limit=5 * options.images)
     return [path.read_bytes() for path, _ in examples], [bundle.manifest.labels[label] for _, label in examples]

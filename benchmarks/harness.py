@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.bundle import EMBEDDED, Bundle
+from server.bundle.manifest import EMBEDDED, Bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

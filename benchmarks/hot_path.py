@@ -22,13 +22,13 @@ from benchmarks import cascades
 from benchmarks.harness import Options, Report, finish, parse
 from benchmarks.offline import thresholds_for
 from benchmarks.virtual import Setup, VirtualEngine
-from server.budget import BudgetController
+from server.budget.controller import BudgetController
+from server.budget.store import MemoryStore
+from server.bundle.frontier import sweep
+from server.bundle.profile import LatencyProfile
+from server.cascade.policy import DeepestRipe
+from server.cascade.scheduler import Scheduler
 from server.core import OperatingPoint
-from server.frontier import sweep
-from server.policy import DeepestRipe
-from server.profile import LatencyProfile
-from server.scheduler import Scheduler
-from server.store import MemoryStore
 
 QUEUED = (100, 1_000, 10_000, 100_000)
 GMACS = (0.4725, 1.4625, 3.4975)

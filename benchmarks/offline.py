@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from server.bundle import Bundle
+from server.bundle.frontier import NEVER
+from server.bundle.manifest import Bundle
 from server.core import Engine, Floats, Pixels, Slot, StageBatch
 from server.engines import load_engine
-from server.frontier import NEVER
-from server.images import ImageLimits, decode
+from server.frontend.images import ImageLimits, decode
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.baselines import FixedDelay
-from server import listener
-from server.app import Service, create_app
-from server.bundle import Bundle
+from server.bundle.manifest import Bundle
+from server.bundle.profile import LatencyProfile
+from server.cascade.scheduler import Policy, deepest_first
 from server.core import Engine, StageBatch, StageOutput
 from server.engines import load_engine
 from server.engines.fake import FakeEngine
-from server.profile import LatencyProfile
-from server.scheduler import Policy, deepest_first
+from server.frontend import listener
+from server.service import Service, create_app
 from server.settings import read_settings
 
 SLEEP_BATCH = 32  # largest batch of the engine that sleeps

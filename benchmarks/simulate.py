@@ -30,11 +30,11 @@ from benchmarks.harness import RESULTS, Options, Report, command_line, finish, f
 from benchmarks.offline import thresholds_for
 from benchmarks.plots import pyplot, save
 from benchmarks.virtual import Setup, Simulation, Trace, quantiles
-from server.bundle import Bundle
-from server.frontier import Records
-from server.policy import DeepestRipe
-from server.profile import LatencyProfile
-from server.scheduler import Policy
+from server.bundle.frontier import Records
+from server.bundle.manifest import Bundle
+from server.bundle.profile import LatencyProfile
+from server.cascade.policy import DeepestRipe
+from server.cascade.scheduler import Policy
 
 TARGET = 0.99  # of all arrivals answered in time
 SERVER = "server"  # the contender that the others are compared with

@@ -14,7 +14,7 @@ from model.data import Normalize, Sample, eval_loader, scan_image_folder, select
 from model.dvt import DVT
 from model.recipes import Recipe
 from model.train import train
-from server.frontier import Records
+from server.bundle.frontier import Records
 
 
 def trained(images: Path, out: Path, recipe: Recipe) -> DVT:

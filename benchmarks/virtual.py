@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from server.bundle.frontier import Records
+from server.bundle.profile import LatencyProfile
+from server.cascade.scheduler import Batch, Load, Outcome, Policy, Request, Scheduler
 from server.core import Answer, OperatingPoint, Slot, StageBatch, StageOutput
 from server.engines.slots import SlotTable
 from server.errors import DeadlineExceeded, Overloaded
-from server.frontier import Records
-from server.profile import LatencyProfile
-from server.scheduler import Batch, Load, Outcome, Policy, Request, Scheduler
 
 
 @dataclass(frozen=True, eq=False)

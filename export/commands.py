@@ -50,7 +50,7 @@ def export(
 
     from export.verify import VerificationError
     from export.write import export_checkpoint
-    from server.frontier import Criterion
+    from server.bundle.frontier import Criterion
 
     notices: list[str] = []
     with tqdm(total=5, disable=as_json or not sys.stderr.isatty(), bar_format="{desc} {bar} {elapsed}") as bar:
@@ -136,7 +136,7 @@ def evaluate(
 
 
 def _users_fault(error: Exception) -> bool:
-    from server.calibrate import CalibrationError
+    from server.calibration.calibrate import CalibrationError
     from server.errors import BundleError
 
     return isinstance(error, (ValueError, OSError, BundleError, CalibrationError))
@@ -148,7 +148,7 @@ def _write_logits(target: Path, inputs: Path, out: Path) -> None:
     x = np.load(inputs, allow_pickle=False)
     if target.is_dir():
         from export.logits import bundle_logits
-        from server.bundle import Bundle
+        from server.bundle.manifest import Bundle
 
         y = bundle_logits(Bundle.load(target, need_frontier=False), x)
     else:
@@ -188,10 +188,10 @@ def _evaluate_checkpoint(path: Path, images: Path) -> dict[str, Any]:
 
 
 def _evaluate_bundle(path: Path, images: Path) -> dict[str, Any]:
-    from server.bundle import FRONTIER, Bundle
-    from server.calibrate import read_image_folder, record
+    from server.bundle.manifest import FRONTIER, Bundle
+    from server.calibration.calibrate import read_image_folder, record
+    from server.calibration.evaluate import evaluate
     from server.engines import load_engine
-    from server.evaluate import evaluate
     from server.settings import usable_cores
 
     bundle = Bundle.load(path, need_frontier=(path / FRONTIER).exists())
@@ -212,8 +212,8 @@ def _evaluate_bundle(path: Path, images: Path) -> dict[str, Any]:
 
 def _report(path: Path, images: Path, out: Path) -> Path:
     from export.report import write_report
-    from server.bundle import Bundle
-    from server.calibrate import read_image_folder
+    from server.bundle.manifest import Bundle
+    from server.calibration.calibrate import read_image_folder
     from server.engines import load_engine
 
     bundle = Bundle.load(path)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.bundle import Manifest
-from server.families import geometric_shares
-from server.frontier import NEVER, Frontier, FrontierRow
+from server.bundle.frontier import NEVER, Frontier, FrontierRow
+from server.bundle.manifest import Manifest
+from server.calibration.families import geometric_shares
 
 MAX_COST_DIFFERENCE = 0.05  # of the file's mean costs against ours: more is told
 _NDIGITS = 9  # of costs and accuracies, as calibration writes them

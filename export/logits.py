@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.to_onnx import NORMALIZED, normalized_input
-from server.bundle import Bundle
+from server.bundle.manifest import Bundle
 from server.engines.onnx import open_session
 
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.bundle import Bundle
-from server.calibrate import Example, record
+from server.bundle.frontier import FrontierRow, Records, evaluate_thresholds
+from server.bundle.manifest import Bundle
+from server.calibration.calibrate import Example, record
+from server.calibration.evaluate import Evaluation, evaluate
+from server.calibration.families import genetic, geometric
 from server.core import Engine, Slot, StageBatch, StageOutput
-from server.evaluate import Evaluation, evaluate
-from server.families import genetic, geometric
-from server.frontier import FrontierRow, Records, evaluate_thresholds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ from model.config import DVTConfig
 from model.dvt import DVT, Stage
 from model.layers import Attention
 from model.reuse import ReuseState, features_shape
-from server.frontier import Criterion
+from server.bundle.frontier import Criterion
 
 IMAGE = "image"
 ANSWER = ("logits", "probabilities", "confidence")

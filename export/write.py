@@ -18,9 +18,9 @@ from export.verify import verify
 from model.checkpoint import load_model
 from model.dvt import DVT
 from model.flops import cumulative_macs
-from server.bundle import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
+from server.bundle.frontier import Criterion
+from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
 from server.engines.onnx import open_session
-from server.frontier import Criterion
 
 
 def export_checkpoint(

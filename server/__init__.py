@@ -1,0 +1,13 @@
+"""Everything that answers requests, without torch. `docs/architecture.md` shows the rooms."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+DISTRIBUTION = "dvt-serve"
+
+
+def release() -> str:
+    """The version of this distribution."""
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:  # run from a folder that was not installed
+        return "0+unknown"

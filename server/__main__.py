@@ -52,7 +52,7 @@ def build() -> typer.Typer:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from server.app import release
+        from server import release
 
         click.echo(f"dvt-serve {release()}")
         raise typer.Exit

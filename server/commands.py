@@ -59,11 +59,11 @@ def serve(
 def start(settings: Settings, dry_run: bool) -> None:
     """Build the server and run it. Raises SettingsError, or ClickException for a bundle that cannot be served."""
     # Heavy: kept away from the other commands, and from --help.
-    from server import listener
-    from server.app import create_app
-    from server.bundle import EMBEDDED, Bundle
+    from server.bundle.manifest import EMBEDDED, Bundle
     from server.engines import load_engine
     from server.errors import BundleError
+    from server.frontend import listener
+    from server.service import create_app
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if settings.log_level != "debug":
@@ -125,7 +125,7 @@ def calibrate(
       dvt calibrate bundles/photo10 fresh-photos --max-accuracy-loss 0.01 --confidence 0.95
     """
     # Heavy, as above.
-    from server import calibrate as calibration
+    from server.calibration import calibrate as calibration
     from server.errors import BundleError, ServeError
 
     promise = None
@@ -161,7 +161,7 @@ def profile(
       dvt profile bundles/photo10 --json | jq .stages[0].p50
     """
     # Heavy, as above.
-    from server import profiling
+    from server.calibration import profiling
     from server.errors import BundleError, ServeError
 
     try:

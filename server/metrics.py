@@ -26,13 +26,13 @@ from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamil
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from server.confidence_sequence import Interval
 from server.core import ImageResult
-from server.drift import DriftState
-from server.profile import LiveProfile
 
 if TYPE_CHECKING:
-    from server.budget import BudgetState
+    from server.budget.confidence_sequence import Interval
+    from server.budget.controller import BudgetState
+    from server.budget.drift import DriftState
+    from server.bundle.profile import LiveProfile
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time beside every series would make half of each scrape
 

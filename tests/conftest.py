@@ -50,7 +50,7 @@ def micro_checkpoint(image_folder: Path, tmp_path_factory: pytest.TempPathFactor
 def micro_bundle(micro_checkpoint: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its bundle, with a frontier solved on the held-out pictures through the exported engine."""
     from export.write import export_checkpoint
-    from server.calibrate import calibrate, read_image_folder
+    from server.calibration.calibrate import calibrate, read_image_folder
     from server.engines import load_engine
 
     bundle = export_checkpoint(micro_checkpoint, tmp_path_factory.mktemp("bundles") / "micro")

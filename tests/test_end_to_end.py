@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.bundle import EMBEDDED, Bundle
+from server.bundle.manifest import EMBEDDED, Bundle
 
 COLOURS = {"blue": (0, 0, 100), "green": (0, 100, 0), "red": (100, 0, 0), "white": (80, 80, 80)}
 
@@ -116,7 +116,7 @@ def test_the_embedded_model_is_in_order_and_small_enough_to_ship(tmp_path: Path)
 def test_the_embedded_model_sees_a_landscape_in_the_example_picture() -> None:
     from server.core import StageBatch
     from server.engines import load_engine
-    from server.images import ImageLimits, decode
+    from server.frontend.images import ImageLimits, decode
 
     bundle = Bundle.load(EMBEDDED)
     engine = load_engine(bundle)

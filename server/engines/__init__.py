@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.bundle import Bundle
+from server.bundle.manifest import Bundle
 from server.core import Engine
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from server.bundle import Bundle, StageSpec, TensorSpec
+from server.bundle.manifest import Bundle, StageSpec, TensorSpec
 from server.core import Slot, StageBatch, StageOutput
 from server.engines.slots import SlotTable
 from server.errors import BundleError

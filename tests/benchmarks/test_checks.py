@@ -13,9 +13,9 @@ from benchmarks.clients import Asked, Reply
 from benchmarks.harness import Report, Snapshot, Window
 from benchmarks.offline import Known, RawLoop, know_bundle, thresholds_for
 from benchmarks.photos import photo, photos
-from server.bundle import Bundle
+from server.bundle.frontier import NEVER
+from server.bundle.manifest import Bundle
 from server.engines import load_engine
-from server.frontier import NEVER
 
 ONE_IMAGE = Known((np.zeros((1, 1, 3), np.uint8),), np.array([[0.5], [0.7], [0.9]], np.float32))
 BY_VERSION = {1: (0.4, 0.6, 0.0), 2: (0.6, 0.6, 0.0), 3: (0.6, 0.8, 0.0)}  # it leaves at exit 1, 2, 3

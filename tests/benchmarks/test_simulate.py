@@ -23,13 +23,13 @@ from benchmarks.baselines import (
 )
 from benchmarks.offline import thresholds_for
 from benchmarks.virtual import Fate, Setup, Simulation, Ticks, Trace
-from server.budget import BudgetController
+from server.budget.controller import BudgetController
+from server.budget.store import MemoryStore
+from server.budget.store import Policy as Target
+from server.bundle.frontier import NEVER, sweep
+from server.bundle.profile import LatencyProfile
+from server.cascade.scheduler import deepest_first
 from server.core import OperatingPoint
-from server.frontier import NEVER, sweep
-from server.profile import LatencyProfile
-from server.scheduler import deepest_first
-from server.store import MemoryStore
-from server.store import Policy as Target
 
 RECORDS = cascades.synthetic(2000)
 MIX = (0.45, 0.30, 0.25)

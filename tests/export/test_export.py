@@ -18,8 +18,8 @@ from export.verify import VerificationError, run_cascade, torch_logits, verify
 from export.write import export_checkpoint
 from model.checkpoint import CheckpointError, load_model
 from server.__main__ import build
-from server.bundle import Bundle
-from server.calibrate import calibrate, read_image_folder
+from server.bundle.manifest import Bundle
+from server.calibration.calibrate import calibrate, read_image_folder
 from server.engines.onnx import OnnxEngine, open_session
 
 

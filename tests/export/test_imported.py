@@ -16,11 +16,11 @@ from export.commands import _table
 from export.imported import imported_frontier
 from export.report import Calibration, _page, _plot_curve
 from server.__main__ import build
-from server.budget import BudgetController
-from server.bundle import EMBEDDED, Bundle, Manifest
-from server.evaluate import evaluate
-from server.frontier import NEVER, Frontier, Records
-from server.store import MemoryStore
+from server.budget.controller import BudgetController
+from server.budget.store import MemoryStore
+from server.bundle.frontier import NEVER, Frontier, Records
+from server.bundle.manifest import EMBEDDED, Bundle, Manifest
+from server.calibration.evaluate import evaluate
 from tests.model.published import Layout
 
 POINTS = 59

@@ -24,7 +24,7 @@ from model.evaluate import exit_logits
 from model.losses import cascade_loss
 from model.recipes import RECIPES, Recipe
 from model.train import build_optimizer, initial_model, learning_rate, parameter_groups, train
-from server.calibrate import held_out as held_out_by_the_server
+from server.calibration.calibrate import held_out as held_out_by_the_server
 
 SHORT = replace(RECIPES["micro"], epochs=2, held_out=0.5)
 

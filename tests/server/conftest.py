@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server import listener
-from server.app import Service, create_app
-from server.bundle import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
+from server.bundle.frontier import sweep
+from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
 from server.core import Pixels
 from server.engines.fake import FakeEngine
-from server.frontier import sweep
+from server.frontend import listener
+from server.service import Service, create_app
 from server.settings import Settings
 
 GMACS = (0.01, 0.03, 0.08)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.budget import BudgetState, Feasible, Observed, Prediction, Quantiles
-from server.confidence_sequence import Interval
+from server.budget.confidence_sequence import Interval
+from server.budget.controller import BudgetState, Feasible, Observed, Prediction, Quantiles
+from server.budget.drift import DriftState
+from server.budget.loops import KAPPA
+from server.bundle.profile import LatencyProfile, LiveProfile
 from server.core import ImageResult, Mix
-from server.drift import DriftState
-from server.loops import KAPPA
 from server.metrics import Metrics
-from server.profile import LatencyProfile, LiveProfile
 
 
 @pytest.fixture

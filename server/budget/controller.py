@@ -1,0 +1,556 @@
+"""The live budget: the operator's target, solved on the frontier, stored, and held while traffic changes.
+
+Owns the operating point. Everything here runs on the event loop. There is no clock: the cost loop counts images, and
+the loops that need one get it with `tick`.
+
+What is in force is the cheaper of two: what the target asks for (as the cost loop has moved it), and the ceiling that
+an overload leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from server.budget.control import Control, Machine
+from server.budget.store import Policy, PolicyStore
+from server.bundle.frontier import NEVER, Frontier, FrontierRow, Mixture
+from server.cascade.scheduler import Load
+from server.core import Answer, Mix, OperatingPoint
+from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
+
+log = logging.getLogger(__name__)
+
+Hold = Literal["cost", "quality"]
+Target = Mapping[str, Any]
+
+TARGETS = ("gmacs", "accuracy", "thresholds", "latency_ms")
+DEFAULT_QUANTILE = 0.99
+AIM_BAND = 0.03  # of the mean cost: less is no new aim
+WINDOW = 10_000  # images that `observed` speaks of
+DEFAULT_SLACK = 0.005  # accuracy given up against the knee, where no operator has spoken yet
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What calibration says of the thresholds in force; None throughout where it cannot tell."""
+
+    accuracy: float | None
+    gmacs: float | None
+    exit_fractions: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Milliseconds; None before the first image."""
+
+    p50: float | None
+    p99: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the last images under this budget did, at most WINDOW of them; all are counted, steered or degraded too."""
+
+    images: int
+    gmacs: float | None
+    exit_fractions: tuple[float, ...] | None
+    latency_ms: Quantiles
+
+
+@dataclass(frozen=True, slots=True)
+class Feasible:
+    """The ends of the frontier, [lowest, highest]."""
+
+    gmacs: tuple[float, float]
+    accuracy: tuple[float, float]
+    latency_ms: tuple[float, float | None] | None
+    """At the present arrival rate and the target's quantile, by default p99. The second is None where the dearest row
+    cannot keep up; both are where the cheapest cannot, and where there is no latency profile."""
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetState:
+    """What the body of GET and PUT /budget says of the budget: `dataclasses.asdict` of it are those members."""
+
+    version: int
+    target: dict[str, Any]
+    hold: Hold
+    clamped: bool
+    thresholds: tuple[float, ...]
+    mix: Mix | None
+    predicted: Prediction
+    observed: Observed
+    feasible: Feasible
+    row: int | None  # the frontier's row in force, or the next below; None where calibration cannot tell
+    pressure: float  # share of the target's cost that an overload takes away: 0 none, towards 1 nearly all
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is put in force, and what calibration says of it."""
+
+    thresholds: tuple[float, ...]
+    predicted: Prediction
+    mix: Mix | None = None
+
+    @classmethod
+    def of(cls, row: FrontierRow) -> Setting:
+        return cls(row.thresholds, Prediction(row.accuracy, row.gmacs, row.exit_fractions))
+
+    @classmethod
+    def of_mixture(cls, mixture: Mixture) -> Setting:
+        predicted = Prediction(mixture.accuracy, mixture.gmacs, mixture.exit_fractions)
+        return cls(mixture.cheaper.thresholds, predicted, Mix(mixture.dearer.thresholds, mixture.share))
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A checked target and what the frontier makes of it."""
+
+    target: dict[str, Any]
+    hold: Hold
+    clamped: bool
+    setting: Setting
+    held_gmacs: float | None  # the mean cost that the cost loop holds; None: thresholds stay
+    mix: bool = False  # a mixture that costs just what is wanted, not the row below it
+    latency: tuple[float, float] | None = None  # seconds and quantile that the latency loop holds
+    pinned: bool = False  # an operator wants these thresholds to stay, also under overload
+
+
+def solve(
+    frontier: Frontier, target: Target, hold: str = "cost", mix: bool = False, machine: Machine | None = None
+) -> Solution:
+    """Look a target up. Raises InvalidRequest for what is no target, BudgetInfeasible for one out of reach.
+
+    A latency needs a `machine` that knows what batches take. Where it does not know yet, at the start, the best row
+    stands in until the latency loop knows better.
+    """
+    if not isinstance(mix, bool):  # it comes as it was sent
+        raise InvalidRequest("mix must be true or false", field="mix")
+    if hold not in ("cost", "quality"):
+        raise InvalidRequest(f'hold is "cost" or "quality", not {hold!r}')
+    if len(target.keys() - {"quantile"}) != 1 or not target.keys() <= {*TARGETS, "quantile"}:
+        raise InvalidRequest(f"exactly one target is needed: {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+    if "quantile" in target and "latency_ms" not in target:
+        raise InvalidRequest("quantile belongs to latency_ms", field="quantile")
+    if mix and "gmacs" not in target:
+        raise InvalidRequest("mix is for gmacs targets only", field="mix")
+    if "latency_ms" in target:
+        return _solve_latency(frontier, target, machine)
+    kept, feasible = cast(Hold, hold), _feasible(frontier, machine)
+    if "thresholds" in target:
+        given = _thresholds(target["thresholds"], frontier.num_exits)
+        predicted = frontier.predict(given)
+        unknown = Setting((*given[: frontier.num_exits - 1], 0.0), Prediction(None, None, None))
+        setting = unknown if predicted is None else Setting.of(predicted)
+        return Solution({"thresholds": given}, "quality", False, setting, None, pinned=True)
+    if "gmacs" in target:
+        gmacs = _number("gmacs", target["gmacs"])
+        at_cost = _setting_at(frontier, gmacs, mix)
+        if at_cost is None:
+            raise _infeasible(feasible, f"the cheapest operating point costs {frontier.rows[0].gmacs:g} GMAC per image")
+        # Held is what was asked for, not the row below it: the loop may use what lies between two rows, and a clamped
+        # budget leaves room above the knee for traffic that is harder than the calibration set.
+        held = gmacs if kept == "cost" else None
+        clamped = gmacs > frontier.knee.gmacs
+        return Solution({"gmacs": gmacs}, kept, clamped, at_cost, held, mix, pinned=kept == "quality")
+    accuracy = _number("accuracy", target["accuracy"])
+    row = frontier.by_accuracy(accuracy)
+    if row is None:
+        raise _infeasible(feasible, f"the most accurate operating point reaches {frontier.knee.accuracy:g}")
+    clamped = accuracy < frontier.rows[0].accuracy
+    held = row.gmacs if kept == "cost" else None
+    return Solution({"accuracy": accuracy}, kept, clamped, Setting.of(row), held, pinned=kept == "quality")
+
+
+def _solve_latency(frontier: Frontier, target: Target, machine: Machine | None) -> Solution:
+    latency_ms = _number("latency_ms", target["latency_ms"])
+    quantile = _number("quantile", target.get("quantile", DEFAULT_QUANTILE))
+    if latency_ms <= 0:
+        raise InvalidRequest("latency_ms must be above 0", field="latency_ms")
+    if not 0.5 <= quantile <= 0.999:
+        raise InvalidRequest("quantile must lie between 0.5 and 0.999", field="quantile")
+    if machine is None:
+        raise _no_profile()
+    chosen = frontier.knee
+    if machine.profile is not None:
+        row = machine.row_within(latency_ms / 1000, quantile)
+        if row is None:
+            feasible = _feasible(frontier, machine, quantile)
+            raise _infeasible(feasible, "the cheapest operating point is not that fast at the present arrival rate")
+        chosen = frontier.rows[row]
+    return Solution(
+        {"latency_ms": latency_ms, "quantile": quantile},
+        "cost",  # the latency loop says what an image may cost, and the cost loop holds it
+        False,
+        Setting.of(chosen),
+        chosen.gmacs,
+        latency=(latency_ms / 1000, quantile),
+    )
+
+
+def _setting_at(frontier: Frontier, gmacs: float, mix: bool) -> Setting | None:
+    """The best for a mean cost of `gmacs`: of a single row at most that, of a mixture exactly. None below all rows."""
+    if mix:
+        mixture = frontier.mixture(gmacs)
+        return None if mixture is None else Setting.of_mixture(mixture)
+    row = frontier.by_gmacs(gmacs)
+    return None if row is None else Setting.of(row)
+
+
+def default_solution(frontier: Frontier) -> Solution:
+    """Until an operator speaks: the cheapest row within half a point of the best, thresholds left as calibrated."""
+    row = frontier.by_accuracy(max(frontier.knee.accuracy - DEFAULT_SLACK, frontier.rows[0].accuracy))
+    assert row is not None, "no accuracy at or below the knee's is out of reach"
+    return Solution({"accuracy": row.accuracy}, "quality", False, Setting.of(row), None)
+
+
+class CostLoop:
+    """Walks along the frontier so that the mean cost of live traffic meets a budget. Plain: it counts, nothing else.
+
+    Calibration says what a row costs on calibration traffic; harder traffic costs more on the same row. Per block of
+    256 images: filter the mean cost y, e = (B-y)/B, and take what calibration puts at u = B(1 + .3e + .5I), I the
+    running sum of e: the row, or the mixture. Within 1 % nothing moves; e is not summed up while u is already past the
+    end that it pushes to; a block moves at most 16 rows.
+    """
+
+    BLOCK = 256
+    DEAD_BAND = 0.01
+    PROPORTIONAL = 0.3
+    INTEGRAL = 0.5  # at half of it a jump of the input by half a sigma puts a window of 10,000 images 4 % off
+    FILTER = 0.7  # share of the newest block in y
+    MAX_STEP = 16
+
+    def __init__(self, frontier: Frontier, gmacs: float) -> None:
+        """`gmacs` is the budget; the loop begins at the row that calibration puts there."""
+        self._costs = [r.gmacs for r in frontier.rows]
+        self._budget = gmacs
+        self.row = self._row_at(gmacs)
+        self.gmacs = self._within(gmacs)  # the mean cost to ask calibration for: between `row` and the next
+        self._sum = 0.0
+        self._images = 0
+        self._filtered: float | None = None
+        self._integral = 0.0
+
+    def observe(self, gmacs: float) -> bool:
+        """Count one image that was decided by the thresholds in force. True where `gmacs` has moved."""
+        self._sum += gmacs
+        self._images += 1
+        if self._images < self.BLOCK:
+            return False
+        mean = self._sum / self._images
+        self._sum, self._images = 0.0, 0
+        return self._end_block(mean)
+
+    def _end_block(self, mean: float) -> bool:
+        past = self._filtered
+        self._filtered = mean if past is None else past + self.FILTER * (mean - past)
+        error = (self._budget - self._filtered) / self._budget
+        if abs(error) < self.DEAD_BAND:
+            return False
+        # Judged before e is added: judged after, the step that would reach the end is never taken.
+        wanted = self._wanted(error, self._integral)
+        past_end = wanted > self._costs[-1] if error > 0 else wanted < self._costs[0]
+        if not past_end:
+            self._integral += error
+        wanted = self._wanted(error, self._integral)
+        aim = self._row_at(wanted)
+        self.row += max(-self.MAX_STEP, min(self.MAX_STEP, aim - self.row))
+        before, self.gmacs = self.gmacs, self._within(wanted) if self.row == aim else self._costs[self.row]
+        return self.gmacs != before
+
+    def aim_at(self, gmacs: float) -> None:
+        """Another budget for the same traffic: what was learned of it, I, is kept."""
+        self._budget = gmacs
+        self.gmacs = self._within(self._wanted(0.0, self._integral))
+        self.row = self._row_at(self.gmacs)
+        self._filtered = None
+        self._sum, self._images = 0.0, 0
+
+    def _within(self, gmacs: float) -> float:
+        return max(self._costs[0], min(self._costs[-1], gmacs))
+
+    def _row_at(self, gmacs: float) -> int:
+        return max(0, bisect_right(self._costs, gmacs) - 1)
+
+    def _wanted(self, error: float, integral: float) -> float:
+        return self._budget * (1 + self.PROPORTIONAL * error + self.INTEGRAL * integral)
+
+
+class BudgetController:
+    """One owner of the operating point. `point` is replaced whole, so whoever reads it sees one budget, never two."""
+
+    def __init__(
+        self,
+        frontier: Frontier,
+        store: PolicyStore,
+        on_change: Callable[[OperatingPoint], None] | None = None,
+        machine: Machine | None = None,
+    ) -> None:
+        """Takes up the stored target, solved anew on this frontier; without one, or with one that this frontier cannot
+        serve, the default. Reads the store, and so blocks: make it before the loop is busy."""
+        self._frontier = frontier
+        self._store = store
+        self._control = Control(machine) if machine is not None else None
+        self._gmacs = [row.gmacs for row in frontier.rows]
+        self._aim = 0.0  # the mean cost that the cost loop was last told to hold
+        self._ceiling: int | None = None  # the dearest row that an overload leaves
+        self._callbacks = [on_change] if on_change else []
+        self._syncing: asyncio.Task[None] | None = None
+        self._synced = True
+        version, solution = self._first()
+        self._adopt(version, solution)
+
+    @property
+    def point(self) -> OperatingPoint:
+        return self._point
+
+    def on_change(self, callback: Callable[[OperatingPoint], None]) -> None:
+        """Call `callback`, on the event loop, with every later operating point: by PUT, and as the cost loop moves."""
+        self._callbacks.append(callback)
+
+    async def put(
+        self, target: Target, hold: str = "cost", if_match: int | Literal["*"] | None = None, *, mix: bool = False
+    ) -> BudgetState:
+        """Replace the budget: stored first, then swapped in, in one step. The state after the swap is returned.
+
+        Raises InvalidRequest, BudgetInfeasible, VersionMismatch or StoreUnavailable; then nothing has changed.
+        """
+        solution = self.solve(target, hold, mix)
+        version = self._point.version
+        if if_match not in (None, "*", version):
+            raise VersionMismatch(f"the budget is at version {version}, not {if_match}", version=version)
+        # Here and not in a thread: it takes a third of a millisecond, and a thread may wait long for busy cores.
+        self._store.save(Policy(version + 1, solution.target, solution.hold, solution.mix))
+        self._adopt(version + 1, solution)
+        self._tell()
+        self._synced = False
+        if self._syncing is None:
+            self._syncing = asyncio.create_task(self._sync())
+        return self.state()
+
+    def solve(self, target: Target, hold: str = "cost", mix: bool = False) -> Solution:
+        """What `put` would put in force. Raises InvalidRequest, BudgetInfeasible."""
+        solution = solve(self._frontier, target, hold, mix, self._machine)
+        if solution.latency is not None and self._machine is not None and self._machine.profile is None:
+            raise _no_profile()
+        return solution
+
+    @property
+    def predicted(self) -> Prediction:
+        """What calibration says of the thresholds in force."""
+        return self._setting.predicted
+
+    def observe(self, answer: Answer, total_s: float, steered: bool) -> None:
+        """Count one answered request. `steered`: it brought its own min_confidence or max_exit.
+
+        Steered images, and degraded ones, say nothing of the thresholds in force: the cost loop does not see them.
+        Neither it nor `observed` sees what was judged by a budget before this one.
+        """
+        if self._control is not None:
+            self._control.answered(total_s, max(result.queue_s + result.compute_s for result in answer.results))
+        if answer.point.version != self._point.version:
+            return
+        for result in answer.results:
+            self._window.add(result.exit, total_s)
+            # Under a ceiling the loop's row is not in force: what comes says nothing of it.
+            if self._loop is None or self._binding() is not None or steered or result.degraded:
+                continue
+            if self._loop.observe(self._frontier.stage_gmacs[result.exit - 1]):
+                self._apply()
+
+    def tick(self, now: float, load: Load) -> None:
+        """Let the loops that need a clock look at the queues. Every `Brownout.TICK` seconds while there is traffic."""
+        if self._control is None:
+            return
+        row, ceiling = self._control.tick(now, load, self._row_of(self._wanted()))
+        self._ceiling = None if self._solution.pinned else ceiling
+        if row is not None and self._loop is not None:
+            gmacs = self._gmacs[row]
+            if abs(gmacs - self._aim) > AIM_BAND * self._aim:  # else the cost loop would never end a block
+                self._aim = gmacs
+                self._loop.aim_at(gmacs)
+        self._apply()
+
+    def state(self) -> BudgetState:
+        solution = self._solution
+        return BudgetState(
+            version=self._point.version,
+            target=dict(solution.target),
+            hold=solution.hold,
+            clamped=solution.clamped,
+            thresholds=self._point.thresholds,
+            mix=self._point.mix,
+            predicted=self._setting.predicted,
+            observed=self._window.observed(),
+            feasible=_feasible(self._frontier, self._machine, (solution.latency or (0, DEFAULT_QUANTILE))[1]),
+            row=None if self._setting.predicted.gmacs is None else self._row_of(self._setting),
+            pressure=self.pressure,
+        )
+
+    @property
+    def _machine(self) -> Machine | None:
+        return None if self._control is None else self._control.machine
+
+    def _wanted(self) -> Setting:
+        """What the target asks for, were there no ceiling."""
+        if self._loop is None:
+            return self._solution.setting
+        setting = _setting_at(self._frontier, self._loop.gmacs, self._solution.mix)
+        assert setting is not None, "the loop stays on the frontier"
+        return setting
+
+    def _row_of(self, setting: Setting) -> int:
+        """The dearest row that costs no more; the last where nobody knows the cost."""
+        gmacs = setting.predicted.gmacs
+        return len(self._gmacs) - 1 if gmacs is None else max(0, bisect_right(self._gmacs, gmacs) - 1)
+
+    def _binding(self) -> int | None:
+        """The row of the ceiling, where it is below what the target asks for."""
+        return self._ceiling if self._ceiling is not None and self._ceiling < self._row_of(self._wanted()) else None
+
+    def _apply(self) -> None:
+        ceiling = self._binding()
+        setting = self._wanted() if ceiling is None else Setting.of(self._frontier.rows[ceiling])
+        if setting != self._setting:
+            self._put_in_force(self._point.version, setting)
+            self._tell()
+
+    @property
+    def pressure(self) -> float:
+        """Share of the wanted cost that an overload takes away, 0 to 1."""
+        ceiling, wanted = self._binding(), self._wanted().predicted.gmacs
+        return 0.0 if ceiling is None or wanted is None else round(1 - self._gmacs[ceiling] / wanted, 6)
+
+    def _first(self) -> tuple[int, Solution]:
+        try:
+            policy = self._store.load()
+        except StoreUnavailable as error:
+            log.warning("the stored budget is not used, the default is: %s", error.detail)
+            policy = None
+        if policy is None:
+            return 1, default_solution(self._frontier)
+        try:
+            return policy.version, solve(self._frontier, policy.target, policy.hold, policy.mix, self._machine)
+        except (BudgetInfeasible, InvalidRequest) as error:
+            log.warning("the stored budget %s does not fit this bundle, the default is used: %s", policy, error.detail)
+            # Another target, so another version: an ETag names one budget only.
+            return policy.version + 1, default_solution(self._frontier)
+
+    async def _sync(self) -> None:
+        """Behind the answer: a disk takes several milliseconds to say that it has something."""
+        try:
+            while not self._synced:
+                self._synced = True
+                await asyncio.to_thread(self._store.sync)
+        except StoreUnavailable as error:
+            log.warning("the budget would not outlive a power failure: %s", error.detail)
+        finally:
+            self._syncing = None
+
+    async def close(self) -> None:
+        """Wait until what was stored is on the disk."""
+        if self._syncing is not None:
+            await self._syncing
+
+    def _adopt(self, version: int, solution: Solution) -> None:
+        self._solution = solution
+        self._put_in_force(version, solution.setting)
+        self._window = _Window(self._frontier.stage_gmacs)
+        self._loop: CostLoop | None = None
+        if solution.held_gmacs is not None:
+            self._loop = CostLoop(self._frontier, solution.held_gmacs)
+            self._aim = solution.held_gmacs
+        if self._control is not None:
+            self._control.aim_at(*(solution.latency or (None,)))
+        if solution.pinned:
+            self._ceiling = None
+        elif self._ceiling is not None:  # an overload does not end with a new target
+            self._apply()
+
+    def _put_in_force(self, version: int, setting: Setting) -> None:
+        self._setting = setting
+        self._point = OperatingPoint(version, setting.thresholds, setting.mix)
+
+    def _tell(self) -> None:
+        for callback in self._callbacks:
+            callback(self._point)
+
+
+class _Window:
+    """The exits and latencies of the last WINDOW images. Two array writes per image; all sums wait for a reader."""
+
+    def __init__(self, stage_gmacs: tuple[float, ...]) -> None:
+        self._stage_gmacs = stage_gmacs
+        self._exits = np.zeros(WINDOW, dtype=np.uint8)
+        self._seconds = np.zeros(WINDOW, dtype=np.float32)
+        self._count = 0
+
+    def add(self, exit: int, seconds: float) -> None:
+        at = self._count % WINDOW
+        self._exits[at] = exit
+        self._seconds[at] = seconds
+        self._count += 1
+
+    def observed(self) -> Observed:
+        images = min(self._count, WINDOW)
+        if not images:
+            return Observed(0, None, None, Quantiles(None, None))
+        fractions = np.bincount(self._exits[:images] - 1, minlength=len(self._stage_gmacs)) / images
+        p50, p99 = np.quantile(self._seconds[:images], (0.5, 0.99)) * 1000
+        return Observed(
+            images,
+            round(float(fractions @ np.asarray(self._stage_gmacs)), 9),
+            tuple(round(float(f), 6) for f in fractions),
+            Quantiles(round(float(p50), 3), round(float(p99), 3)),
+        )
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"{name} must be a number")
+    # An int beyond float's range overflows: no number that we could mean either.
+    with contextlib.suppress(OverflowError):
+        if math.isfinite(value):
+            return float(value)
+    raise InvalidRequest(f"{name} must be a finite number")
+
+
+def _thresholds(value: object, exits: int) -> list[float]:
+    """All but the last exit's, or all with the last 0; returned as given."""
+    if not isinstance(value, list | tuple) or len(value) not in (exits - 1, exits):
+        raise InvalidRequest(f"thresholds must be a list of {exits - 1} numbers, or of {exits} with 0 as the last")
+    numbers = [_number("each threshold", item) for item in value]
+    if not all(0 <= t <= 1 or t == NEVER for t in numbers):
+        raise InvalidRequest(f"each threshold must lie between 0 and 1 (or be {NEVER:g}: nobody leaves there)")
+    if len(numbers) == exits and numbers[-1] != 0:
+        raise InvalidRequest("the last threshold must be 0: the last exit takes all that is left")
+    return numbers
+
+
+def _feasible(frontier: Frontier, machine: Machine | None, quantile: float = DEFAULT_QUANTILE) -> Feasible:
+    cheapest, knee = frontier.rows[0], frontier.knee
+    latency_ms = None
+    if machine is not None and machine.profile is not None:
+        # Microseconds, rounded up: what is told to be feasible is.
+        low, high = (1e6 * latency for latency in machine.latency_range(quantile))
+        if math.isfinite(low):
+            latency_ms = (math.ceil(low) / 1000, math.ceil(high) / 1000 if math.isfinite(high) else None)
+    return Feasible((cheapest.gmacs, knee.gmacs), (cheapest.accuracy, knee.accuracy), latency_ms)
+
+
+def _no_profile() -> InvalidRequest:
+    return InvalidRequest("a latency budget needs a latency profile, and none was measured; see: dvt profile")
+
+
+def _infeasible(feasible: Feasible, detail: str) -> BudgetInfeasible:
+    return BudgetInfeasible(detail, feasible=asdict(feasible))

@@ -1,0 +1,68 @@
+"""What a bundle is worth on labelled images: its exits, and its frontier's operating points, through the engine.
+
+The thresholds come from calibration, the figures from other images: that difference is the point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records, budget_area, evaluate_thresholds
+from server.calibration.families import geometric
+
+SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Per exit, all images leaving there: `exit_accuracy`, and cumulative `stage_gmacs`. `points`: rows of the
+    calibrated frontier as they turn out here, by share of the last exit's cost. `area`: mean accuracy over budgets
+    from the first exit's cost to the last's, of the frontier and of the geometric family, both calibrated alike; the
+    latter is left out, {} and None, where the frontier was imported and has no records to fit it to."""
+
+    images: int
+    exit_accuracy: tuple[float, ...]
+    stage_gmacs: tuple[float, ...]
+    points: dict[str, FrontierRow]
+    geometric_points: dict[str, FrontierRow]
+    area: float
+    geometric_area: float | None
+
+
+def evaluate(frontier: Frontier, records: Records) -> Evaluation:
+    """Judge a calibrated frontier by records of other images."""
+    costs = frontier.stage_gmacs
+    swept = frontier.rows
+    logged = frontier.records
+    family = () if logged is None else geometric(logged.confidence, logged.correct, costs)
+    return Evaluation(
+        images=records.correct.shape[1],
+        exit_accuracy=tuple(map(float, records.correct.mean(axis=1))),
+        stage_gmacs=costs,
+        points=_points(swept, records, costs),
+        geometric_points=_points(family, records, costs) if family else {},
+        area=_area(swept, records, costs),
+        geometric_area=_area(family, records, costs) if family else None,
+    )
+
+
+def _points(rows: Sequence[FrontierRow], records: Records, costs: Sequence[float]) -> dict[str, FrontierRow]:
+    """The most accurate row that calibration says a budget affords, as it turns out on the records."""
+    points = {}
+    for share in SHARES:
+        affordable = [row for row in rows if row.gmacs <= share * costs[-1]]
+        if affordable:
+            chosen = max(affordable, key=lambda row: row.accuracy)
+            points[f"{share:.0%}"] = evaluate_thresholds(records, chosen.thresholds, costs)
+    knee = max(rows, key=lambda row: row.accuracy)
+    points["knee"] = evaluate_thresholds(records, knee.thresholds, costs)
+    return points
+
+
+def _area(rows: Sequence[FrontierRow], records: Records, costs: Sequence[float]) -> float:
+    """Calibrated rows as they turn out, with both ends: everybody leaves at the first exit, or at the last."""
+    never = [NEVER] * (len(costs) - 1)
+    ends = [evaluate_thresholds(records, thresholds, costs) for thresholds in ([0.0] * len(never), never)]
+    turned_out = [evaluate_thresholds(records, row.thresholds, costs) for row in rows]
+    return budget_area([*turned_out, *ends], costs[0], costs[-1])

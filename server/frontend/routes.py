@@ -1,0 +1,322 @@
+"""What each path does: parse, ask the part that owns the answer, shape the answer. No route has a `try` for errors.
+
+The answers of the hot path are plain dicts for orjson; the models in `schemas` describe them, and a test holds the two
+together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hmac
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import parse_qsl
+
+import numpy as np
+import orjson
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server import metrics
+from server.budget.controller import TARGETS, BudgetState
+from server.budget.places import place_of
+from server.budget.preview import preview
+from server.cascade.scheduler import HIGH, LOW, NORMAL, Priority
+from server.core import Answer, ImageResult, Pixels
+from server.errors import Forbidden, InvalidRequest, NotReady, Unauthorized, VersionMismatch
+from server.frontend.bodies import BodyLimits, read_images, read_json
+from server.frontend.edge import WhileConnected
+
+if TYPE_CHECKING:
+    from server.service import Service
+
+_BUDGET_LIMITS = BodyLimits(max_bytes=16 * 1024, max_images=0, timeout_s=10.0)
+PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "low": LOW}
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def json_response(body: object, headers: dict[str, str] | None = None, status: int = 200) -> Response:
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")
+
+
+# --- POST /classify -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The query of POST /classify."""
+
+    top_k: int
+    timeout_s: float
+    max_exit: int | None = None
+    min_confidence: float | None = None
+    priority: Priority = NORMAL
+
+    @property
+    def steered(self) -> bool:
+        """Whether the request itself moved the exits, so that its cost says nothing of the live thresholds."""
+        return self.max_exit is not None or self.min_confidence is not None
+
+
+def parse_ask(query: bytes, *, top_k: int, timeout_ms: float, max_timeout_ms: float, exits: int) -> Ask:
+    """Raises InvalidRequest that names the parameter."""
+    if not query:
+        return Ask(top_k, timeout_ms / 1000)
+    given: dict[str, str] = {}
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name not in ("top_k", "timeout_ms", "max_exit", "min_confidence", "priority"):
+            known = "top_k, timeout_ms, max_exit, min_confidence and priority"
+            raise InvalidRequest(f"There is no query parameter {name[:40]!r}; there are {known}", field=name[:40])
+        if name in given:
+            raise InvalidRequest(f"{name} is given twice", field=name)
+        given[name] = value
+    if "top_k" in given:
+        top_k = _whole("top_k", given["top_k"], 1, None)
+    if "timeout_ms" in given:
+        timeout_ms = _number("timeout_ms", given["timeout_ms"])
+        if not 0 < timeout_ms <= max_timeout_ms:
+            raise InvalidRequest(f"timeout_ms must be above 0 and at most {max_timeout_ms:g}", field="timeout_ms")
+    max_exit = _whole("max_exit", given["max_exit"], 1, exits) if "max_exit" in given else None
+    min_confidence = None
+    if "min_confidence" in given:
+        min_confidence = _number("min_confidence", given["min_confidence"])
+        if not 0 <= min_confidence <= 1:
+            raise InvalidRequest("min_confidence must lie between 0 and 1", field="min_confidence")
+    priority = NORMAL
+    if "priority" in given:
+        if given["priority"] not in PRIORITIES:
+            raise InvalidRequest(f"priority is one of {', '.join(PRIORITIES)}", field="priority")
+        priority = PRIORITIES[given["priority"]]
+    return Ask(top_k, timeout_ms / 1000, max_exit, min_confidence, priority)
+
+
+def _whole(name: str, text: str, low: int, high: int | None) -> int:
+    number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
+    if number < low or (high is not None and number > high):
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise InvalidRequest(f"{name} must be a whole number, {span}", field=name)
+    return number
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidRequest(f"{name} must be a number", field=name)
+    return number
+
+
+async def classify(request: Request) -> Response:
+    service = _service(request)
+    settings, clock = service.settings, service.clock
+    service.check_door()
+    ask = parse_ask(
+        request.scope["query_string"],
+        top_k=settings.top_k,
+        timeout_ms=settings.timeout_ms,
+        max_timeout_ms=settings.max_timeout_ms,
+        exits=service.exits,
+    )
+    request_id = request.scope["state"]["request_id"]
+    with service.intake.enter() as visit:
+        encoded = await read_images(
+            dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold, service.decoder.run
+        )
+        service.note_arrival(len(encoded), ask.timeout_s)
+        service.check_queue()
+        arrived = clock()
+        deadline = arrived + ask.timeout_s
+        async with WhileConnected(request.receive):
+            pixels = await service.decoder.decode(encoded, deadline)
+            decoded = clock()
+            answer = await service.batcher.submit(
+                pixels,
+                deadline=deadline,
+                max_exit=ask.max_exit,
+                min_confidence=ask.min_confidence,
+                priority=ask.priority,
+                place=place_of(request_id, "mix"),
+            )
+    decode_s, total_s = decoded - arrived, clock() - arrived
+    # When the answer is on its way, not before.
+    asyncio.get_running_loop().call_soon(_record, service, request_id, pixels, answer, decode_s, total_s, ask.steered)
+    return json_response(shape_answer(service, answer, ask.top_k, decode_s, total_s))
+
+
+def _record(
+    service: Service,
+    request_id: str,
+    pixels: Sequence[Pixels],
+    answer: Answer,
+    decode_s: float,
+    total_s: float,
+    steered: bool,
+) -> None:
+    service.metrics.decoded(decode_s)
+    service.drift.observe(answer, steered)
+    service.budget.observe(answer, total_s, steered)
+    if not steered:
+        service.audit.offer(request_id, pixels, answer)
+
+
+def shape_answer(service: Service, answer: Answer, top_k: int, decode_s: float, total_s: float) -> dict[str, Any]:
+    manifest = service.bundle.manifest
+    gmacs = service.stage_gmacs
+    decode_ms, total_ms = round(decode_s * 1000, 3), round(total_s * 1000, 3)
+    return {
+        "model": manifest.name,
+        "version": manifest.version,
+        "budget_version": answer.point.version,
+        "results": [
+            {
+                "predictions": predictions(result, manifest.labels, top_k),
+                "exit": result.exit,
+                "confidence": round(result.confidence, 6),
+                "degraded": result.degraded,
+                "gmacs": gmacs[result.exit - 1],
+                "timing_ms": {
+                    "decode": decode_ms,
+                    "queue": round(result.queue_s * 1000, 3),
+                    "compute": round(result.compute_s * 1000, 3),
+                    "total": total_ms,
+                },
+            }
+            for result in answer.results
+        ],
+    }
+
+
+def predictions(result: ImageResult, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:
+    """The `top_k` most probable classes, equal ones by class id."""
+    probabilities = result.probabilities
+    top_k = min(top_k, len(probabilities))
+    least = np.partition(probabilities, -top_k)[-top_k]  # of a thousand classes only a few are sorted
+    candidates = np.flatnonzero(probabilities >= least)
+    order = candidates[(-probabilities[candidates]).argsort(kind="stable")][:top_k]
+    ranked = zip(order.tolist(), probabilities[order].tolist(), strict=True)
+    return [{"label": labels[id_], "class_id": id_, "probability": round(p, 6)} for id_, p in ranked]
+
+
+# --- the budget ---------------------------------------------------------------------------------------------------
+
+
+async def get_budget(request: Request) -> Response:
+    service = _service(request)
+    return _budget_response(service, service.budget.state())
+
+
+async def put_budget(request: Request) -> Response:
+    service = _service(request)
+    _authorise(request, service.control_token)
+    target, hold, mix = await _read_target(request)
+    if_match = _if_match(request.headers.get("if-match"), service.budget.point.version)
+    state = await service.budget.put(target, hold, if_match, mix=mix)
+    service.note_budget(state, request.client, request.scope["state"]["request_id"])
+    return _budget_response(service, state)
+
+
+async def preview_budget(request: Request) -> Response:
+    """No token, also where PUT asks for one: it changes nothing, and tells no more than GET /budget and /frontier."""
+    service = _service(request)
+    target, hold, mix = await _read_target(request)
+    solution = service.budget.solve(target, hold, mix)
+    found = preview(service.bundle.frontier, solution, service.budget.point, service.drift.confidences())
+    return json_response(found, {"cache-control": "no-store"})
+
+
+async def _read_target(request: Request) -> tuple[dict[str, Any], str, bool]:
+    document = await read_json(dict(request.scope["headers"]), request.receive, _BUDGET_LIMITS)
+    if not isinstance(document, dict):
+        raise InvalidRequest('The body must be an object such as {"gmacs": 0.03}')
+    return _target(document)
+
+
+def _target(document: dict[str, Any]) -> tuple[dict[str, Any], str, bool]:
+    """Target, hold and mix, as they were sent."""
+    for name in document:
+        if name not in (*TARGETS, "quantile", "hold", "mix"):
+            raise InvalidRequest(f"There is no {name[:40]!r} in a budget", field=name[:40])
+    target = {name: document[name] for name in (*TARGETS, "quantile") if name in document}
+    return target, document.get("hold", "cost"), document.get("mix", False)
+
+
+def _if_match(header: str | None, current: int) -> int | Literal["*"] | None:
+    """Our ETag is the version in quotes. Weak tags never match (RFC 9110, 13.1.1)."""
+    if header is None:
+        return None
+    tags = [tag.strip() for tag in header.split(",")]
+    if "*" in tags:
+        return "*"
+    if f'"{current}"' in tags:
+        return current
+    raise VersionMismatch(f"The budget is at version {current}; If-Match names {header[:60]}", version=current)
+
+
+def _authorise(request: Request, token: str | None) -> None:
+    if token is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not given.strip():
+        raise Unauthorized("This route asks for a bearer token")
+    if not hmac.compare_digest(given.strip().encode(), token.encode()):
+        raise Forbidden("The bearer token is not the one that is set")
+
+
+def _budget_response(service: Service, state: BudgetState) -> Response:
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}  # orjson knows dataclasses
+    body = {**fields, "audit": service.audit.state(), "drift": service.drift.state()}
+    return json_response(body, {"etag": f'"{state.version}"', "cache-control": "no-store"})
+
+
+# --- the rest -----------------------------------------------------------------------------------------------------
+
+
+async def get_frontier(request: Request) -> Response:
+    return Response(_service(request).frontier_document, media_type="application/json")
+
+
+async def get_model(request: Request) -> Response:
+    return Response(_service(request).model_document, media_type="application/json")
+
+
+async def livez(request: Request) -> Response:
+    service = _service(request)
+    if not service.alive:
+        raise NotReady("The batch loop has died; the process is ending")
+    return json_response({"status": "alive"})
+
+
+async def readyz(request: Request) -> Response:
+    service = _service(request)
+    if not service.ready:
+        raise NotReady(f"The server is {service.phase.value}")
+    return json_response({"status": "ready"})
+
+
+async def get_metrics(request: Request) -> Response:
+    return Response(_service(request).metrics.render(), headers={"content-type": metrics.CONTENT_TYPE})
+
+
+async def docs(_: Request) -> Response:
+    return get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title="DVT Serve",
+        swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+        swagger_css_url="/docs/assets/swagger-ui.css",
+        swagger_favicon_url="/docs/assets/favicon-32x32.png",
+    )
+
+
+async def openapi(request: Request) -> Response:
+    return json_response(request.app.openapi())

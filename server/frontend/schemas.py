@@ -1,0 +1,533 @@
+"""The HTTP contract as OpenAPI sees it: models of bodies and answers, parameters, errors. Documentation only.
+
+Requests are not parsed with these models and answers are not built from them (that would cost more than the rest of
+the route); tests hold the real answers against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from server import errors
+from server.frontend import images
+from server.frontend.edge import PROBLEM
+
+CONTRACT = "1.0"  # of the document: additions raise the second number, anything else the first
+DESCRIPTION = """\
+Classifies images with a Dynamic Vision Transformer: a cascade of stages, where an image leaves at the first exit whose
+confidence reaches that exit's threshold. `PUT /budget` moves the thresholds, and so the cost, while the server runs.
+
+Errors are `application/problem+json` (RFC 9457); `code` names the cause. Every answer carries `X-Request-ID`: the one
+that was sent (letters, digits, `.`, `_`, `-`; at most 64), or a new one.
+"""
+TAGS = [
+    {"name": "classify", "description": "Images in, labels out."},
+    {"name": "budget", "description": "Where on the accuracy/cost curve the server runs."},
+    {"name": "server", "description": "What is served, and how it is."},
+]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Prediction(_Model):
+    label: str
+    class_id: int
+    probability: float = Field(ge=0, le=1)
+
+
+class Timing(_Model):
+    decode: float = Field(description="Decoding of all images of the request, the wait for a thread included.")
+    queue: float = Field(description="Waiting for the engine, all stages.")
+    compute: float = Field(description="Wall time of the batches that the image took part in.")
+    total: float = Field(description="From the last byte of the body to the answer.")
+
+
+class Result(_Model):
+    predictions: list[Prediction] = Field(description="The `top_k` most probable classes, the most probable first.")
+    exit: int = Field(ge=1, description="The exit at which the image left; counts from 1.")
+    confidence: float = Field(ge=0, le=1, description="At that exit, by the model's `criterion`.")
+    degraded: bool = Field(description="A deadline, not a threshold, ended the cascade.")
+    gmacs: float = Field(description="Cumulative cost at that exit, billions of multiply-accumulates.")
+    timing_ms: Timing
+
+
+class Classification(_Model):
+    model: str
+    version: str
+    budget_version: int = Field(description="The version of the budget whose thresholds judged all images.")
+    results: list[Result] = Field(description="One per image, in order.")
+
+
+class Images(_Model):
+    images: list[str] = Field(min_length=1, description="Image files, base64.")
+
+
+class Predicted(_Model):
+    """Null throughout: thresholds that an operator gave, on a frontier that was imported without records."""
+
+    accuracy: float | None
+    gmacs: float | None
+    exit_fractions: list[float] | None
+
+
+class Latency(_Model):
+    p50: float | None
+    p99: float | None
+
+
+class Observed(_Model):
+    images: int = Field(description="How many images this speaks of: the last ones under this budget.")
+    gmacs: float | None
+    exit_fractions: list[float] | None
+    latency_ms: Latency
+
+
+class Interval(_Model):
+    """Null before the first audit."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+class Audit(_Model):
+    """What the last exit says of the answers: a share of the requests is completed behind their answer."""
+
+    images: int = Field(description="Audited under this budget.")
+    pending: int = Field(description="Images of requests that are chosen and not yet audited.")
+    agreement: Interval = Field(description="Share to which the last exit gives the class that was answered.")
+    accuracy_gap: Interval = Field(
+        description="How much less probable the last exit finds the class that was answered than its own: the accuracy "
+        "that leaving early costs, where the last exit is calibrated."
+    )
+    confidence: float = Field(description="Of each interval, at all times at once.")
+
+
+class Drift(_Model):
+    """The last images against those of the calibration."""
+
+    images: int = Field(description="How many images this looks back upon.")
+    psi: float | None = Field(description="Of confidence at exit 1, over deciles; above 0.2 it alarms. Null: too few.")
+    z: list[float] | None = Field(
+        description="Per exit, of the share that leaves there, over changes of thresholds; beyond 4 it alarms. Null: "
+        "too few yet, or nothing is known of the thresholds in force."
+    )
+    alarm: bool
+    reasons: list[Literal["psi", "exit_fractions"]]
+
+
+class Feasible(_Model):
+    gmacs: list[float] = Field(min_length=2, max_length=2)
+    accuracy: list[float] = Field(min_length=2, max_length=2)
+    latency_ms: list[float | None] | None = Field(
+        min_length=2,
+        max_length=2,
+        description="At the present arrival rate and the target's quantile (by default 0.99). The second is null where "
+        "the dearest operating point cannot keep up; the whole is where the cheapest cannot, and without a profile.",
+    )
+
+
+class Target(_Model):
+    """Exactly one of these, and `quantile` with `latency_ms` only."""
+
+    gmacs: float = Field(0, description="Mean cost per image, billions of multiply-accumulates.")
+    accuracy: float = Field(0, description="Accuracy on the calibration images, 0 to 1.")
+    thresholds: list[float] = Field([], description="One per exit but the last, or one per exit with 0 as the last.")
+    latency_ms: float = Field(0, description="From the last byte of a request's body to its answer.")
+    quantile: float = Field(0.99, ge=0.5, le=0.999, description="The share of answers that are to be that fast.")
+
+
+class BudgetRequest(Target):
+    """Exactly one target, and optionally `hold` and, with `gmacs`, `mix`."""
+
+    hold: Literal["cost", "quality"] = Field(
+        "cost", description="`cost`: thresholds follow the traffic so that the cost stays. `quality`: they stay."
+    )
+    mix: bool = Field(
+        False,
+        description="Only with `gmacs`: meet the cost exactly, by two sets of thresholds; a hash of its `X-Request-ID` "
+        "decides which one judges a request.",
+    )
+
+
+class Mix(_Model):
+    thresholds: list[float] = Field(description="The dearer ones.")
+    share: float = Field(ge=0, le=1, description="Of all requests: those that are judged by them, and by no others.")
+
+
+class Budget(_Model):
+    version: int
+    target: Target
+    hold: Literal["cost", "quality"]
+    clamped: bool = Field(description="The target lies beyond the frontier; its end is in force.")
+    thresholds: list[float] = Field(description="In force, one per exit; the last is 0. 2: nobody leaves there.")
+    mix: Mix | None = Field(description="Null unless the budget was set with `mix`; then `thresholds` are the cheaper.")
+    predicted: Predicted = Field(description="What calibration says of the thresholds in force.")
+    observed: Observed
+    feasible: Feasible
+    row: int | None = Field(description="Of `GET /frontier`, from 0: in force, or the next cheaper one.")
+    pressure: float = Field(
+        ge=0, le=1, description="Share of the target's cost that is given up because the server is overloaded."
+    )
+    audit: Audit
+    drift: Drift
+
+
+class Traffic(_Model):
+    """Estimates: calibration records, weighted so that their confidences at exit 1 are distributed as the traffic's."""
+
+    images: int = Field(description="How many images this looks back upon.")
+    thresholds: list[float] = Field(
+        description="That the budget would come to on this traffic: with `hold` `cost` the dearest that cost no more "
+        "on it than is to be held, or the end of the frontier; else those that it begins with."
+    )
+    mix: Mix | None
+    row: int = Field(description="Of `GET /frontier`, from 0: of these thresholds, or the next cheaper one.")
+    target: Predicted = Field(description="Had these thresholds been in force.")
+    present: Predicted = Field(description="By the thresholds in force.")
+
+
+class Preview(_Model):
+    target: Target
+    hold: Literal["cost", "quality"]
+    clamped: bool = Field(description="The target lies beyond the frontier; its end would be in force.")
+    thresholds: list[float] = Field(description="That the budget would begin with.")
+    mix: Mix | None
+    predicted: Predicted = Field(description="What calibration says of these thresholds.")
+    traffic: Traffic | None = Field(description="Null before the first image, and without calibration records.")
+
+
+class FrontierRow(_Model):
+    thresholds: list[float]
+    accuracy: float
+    accuracy_lower: float | None = Field(description="One-sided 95 % lower bound; null where images are not known.")
+    gmacs: float
+    exit_fractions: list[float]
+    ms: float | None = Field(
+        description="Mean engine time per image, in batches as large as pays; null without a latency profile."
+    )
+
+
+class Certificate(_Model):
+    max_accuracy_loss: float = Field(description="Against the last exit.")
+    confidence: float
+    samples: int = Field(description="Images that it was tested on, others than the thresholds were chosen on.")
+    gmacs: float = Field(description="Rows from this cost on are certified.")
+
+
+class Frontier(_Model):
+    criterion: Literal["max_probability", "entropy"] = Field(description="What the thresholds are compared with.")
+    source: Literal["calibration", "imported"] = Field(
+        description="Solved here, on images, or brought along by a published checkpoint."
+    )
+    samples: int = Field(description="Images calibrated on; 0 where it was imported.")
+    stage_gmacs: list[float] = Field(description="Cumulative cost per exit.")
+    rows: list[FrontierRow] = Field(description="From the cheapest to the most accurate.")
+    certificate: Certificate | None = Field(description="Null where calibration was asked for none.")
+
+
+class Stage(_Model):
+    stage: int
+    grid: list[int] = Field(description="Token grid, rows and columns.")
+    gmacs: float = Field(description="Cumulative.")
+
+
+class Engine(_Model):
+    name: str
+    executors: int
+    max_batch_sizes: list[int]
+
+
+class Preprocessing(_Model):
+    size: list[int] = Field(description="Height and width of the model's input.")
+    resize: int = Field(description="Length of the short side after resizing.")
+    crop: list[int] = Field(description="Height and width of the centre crop.")
+    interpolation: str
+
+
+class Model(_Model):
+    name: str
+    version: str
+    labels: list[str]
+    stages: list[Stage]
+    precision: str
+    criterion: Literal["max_probability", "entropy"] = Field(
+        description="What `confidence` is: the largest probability, or 1 - H(p) / log K with H the entropy of all K."
+    )
+    engine: Engine
+    preprocessing: Preprocessing
+
+
+class Status(_Model):
+    status: str
+
+
+class Problem(BaseModel):
+    """RFC 9457. Further members belong to single codes: `index`, `reason`, `field`, `feasible`, `retry_after_s`..."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+
+
+def _errors(*kinds: type[errors.ServeError]) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that raises these, and what any route may answer."""
+    by_status: dict[int, list[type[errors.ServeError]]] = {}
+    everything: tuple[type[errors.ServeError], ...] = (*kinds, errors.InternalError)
+    for kind in everything:
+        by_status.setdefault(kind.status, []).append(kind)
+    return {status: {"model": Problem, "description": _sentences(by_status[status])} for status in sorted(by_status)}
+
+
+def _sentences(kinds: Iterable[type[errors.ServeError]]) -> str:
+    return " ".join(f"`{kind.code}`: {kind.title[0].lower()}{kind.title[1:]}." for kind in kinds)
+
+
+def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+
+
+_REQUEST_ID = {
+    "name": "X-Request-ID",
+    "in": "header",
+    "required": False,
+    "description": "Taken over into the answer where it has the right form.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+}
+_IMAGE_FILE = {"schema": {"type": "string", "format": "binary"}}
+
+CLASSIFY: dict[str, Any] = {
+    "tags": ["classify"],
+    "summary": "Classify one image or several",
+    "description": "The whole request succeeds or fails; an error that is about one image has its `index`.",
+    "response_model": Classification,
+    "responses": _errors(
+        errors.BadImage,
+        errors.RequestTimeout,
+        errors.BodyTooLarge,
+        errors.ImageTooLarge,
+        errors.TooManyImages,
+        errors.UnsupportedMediaType,
+        errors.InvalidRequest,
+        errors.EngineFailed,
+        errors.Overloaded,
+        errors.Draining,
+        errors.DeadlineExceeded,
+    ),
+    "openapi_extra": {
+        "parameters": [
+            _query("top_k", "Predictions per image; more than there are classes gives all.", type="integer", minimum=1),
+            _query(
+                "timeout_ms", "Answer by then; at most the server's `DVT_MAX_TIMEOUT_MS`.", type="number", minimum=0
+            ),
+            _query("max_exit", "Never go deeper than this exit.", type="integer", minimum=1),
+            _query(
+                "min_confidence",
+                "Used in place of the live thresholds; on the scale of the model's `criterion`.",
+                type="number",
+                minimum=0,
+                maximum=1,
+            ),
+            _query(
+                "priority",
+                "Who waits less: high before normal before low. Low is refused once the queue is half full.",
+                type="string",
+                enum=["high", "normal", "low"],
+                default="normal",
+            ),
+            _REQUEST_ID,
+        ],
+        "requestBody": {
+            "required": True,
+            "description": "A raw image, a form with one or more file parts named `image`, or JSON with base64.",
+            "content": {
+                **dict.fromkeys(images.MEDIA_TYPES, _IMAGE_FILE),
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["image"],
+                        "properties": {
+                            "image": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+                        },
+                    }
+                },
+                "application/json": {"schema": {"$ref": "#/components/schemas/Images"}},
+            },
+        },
+    },
+}
+
+_ETAG = {"ETag": {"description": "The version, in quotes.", "schema": {"type": "string", "example": '"7"'}}}
+
+GET_BUDGET: dict[str, Any] = {
+    "tags": ["budget"],
+    "summary": "The budget in force",
+    "response_model": Budget,
+    "responses": {200: {"headers": _ETAG}, **_errors()},
+    "openapi_extra": {"parameters": [_REQUEST_ID]},
+}
+
+_BUDGET_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {"$ref": "#/components/schemas/BudgetRequest"},
+            "examples": {
+                "gmacs": {"value": {"gmacs": 0.03}},
+                "mixed": {"value": {"gmacs": 0.03, "mix": True}},
+                "accuracy": {"value": {"accuracy": 0.74, "hold": "quality"}},
+                "latency": {"value": {"latency_ms": 25, "quantile": 0.99}},
+                "thresholds": {"value": {"thresholds": [0.9, 0.7]}},
+            },
+        }
+    },
+}
+
+PUT_BUDGET: dict[str, Any] = {
+    "tags": ["budget"],
+    "summary": "Set the budget",
+    "description": "Takes effect by the next batch, at once for all, and survives a restart. A latency is "
+    "solved anew as traffic changes.",
+    "response_model": Budget,
+    "responses": {
+        200: {"headers": _ETAG},
+        **_errors(
+            errors.Unauthorized,
+            errors.Forbidden,
+            errors.RequestTimeout,
+            errors.VersionMismatch,
+            errors.BodyTooLarge,
+            errors.UnsupportedMediaType,
+            errors.InvalidRequest,
+            errors.BudgetInfeasible,
+            errors.StoreUnavailable,
+        ),
+    },
+    "openapi_extra": {
+        "parameters": [
+            {
+                "name": "If-Match",
+                "in": "header",
+                "required": False,
+                "description": "Change the budget only if this is still its ETag.",
+                "schema": {"type": "string", "example": '"7"'},
+            },
+            _REQUEST_ID,
+        ],
+        "requestBody": _BUDGET_BODY,
+    },
+}
+
+PREVIEW_BUDGET: dict[str, Any] = {
+    "tags": ["budget"],
+    "summary": "What a budget would have done to the traffic of late",
+    "description": "Takes what `PUT /budget` takes, and changes nothing.",
+    "response_model": Preview,
+    "responses": _errors(
+        errors.RequestTimeout,
+        errors.BodyTooLarge,
+        errors.UnsupportedMediaType,
+        errors.InvalidRequest,
+        errors.BudgetInfeasible,
+    ),
+    "openapi_extra": {"parameters": [_REQUEST_ID], "requestBody": _BUDGET_BODY},
+}
+
+FRONTIER: dict[str, Any] = {
+    "tags": ["budget"],
+    "summary": "All operating points that a budget can choose from",
+    "response_model": Frontier,
+    "responses": _errors(),
+}
+MODEL: dict[str, Any] = {
+    "tags": ["server"],
+    "summary": "What is served",
+    "response_model": Model,
+    "responses": _errors(),
+}
+LIVEZ: dict[str, Any] = {
+    "tags": ["server"],
+    "summary": "Whether the process should live on",
+    "response_model": Status,
+    "responses": _errors(errors.NotReady),
+}
+READYZ: dict[str, Any] = {
+    "tags": ["server"],
+    "summary": "Whether to send requests here: warmed up and not draining",
+    "response_model": Status,
+    "responses": _errors(errors.NotReady),
+}
+METRICS: dict[str, Any] = {
+    "tags": ["server"],
+    "summary": "Metrics for Prometheus",
+    "response_class": PlainTextResponse,
+    "responses": {
+        200: {"description": "Text exposition format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **_errors(),
+    },
+}
+
+
+class App(FastAPI):
+    """A FastAPI whose document is OpenAPI 3.0, the newest that the packaged Swagger UI renders."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Past FastAPI's own, which looks for OpenTelemetry in the environment on every request.
+        await Starlette.__call__(self, scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = get_openapi(
+                title=self.title,
+                version=self.version,
+                openapi_version="3.0.3",
+                description=self.description,
+                routes=self.routes,
+                tags=self.openapi_tags,
+            )
+            components = document["components"]["schemas"]
+            for body in (Images, BudgetRequest):  # only referred to by hand, so FastAPI does not collect them
+                components[body.__name__] = body.model_json_schema()
+            for path in document["paths"].values():
+                for operation in path.values():
+                    _label_problems(operation["responses"])
+            self.openapi_schema = _as_3_0(document)
+        return self.openapi_schema
+
+
+def _label_problems(responses: dict[str, Any]) -> None:
+    for status, response in responses.items():
+        response.setdefault("headers", {})["X-Request-ID"] = {"schema": {"type": "string"}}
+        if not status.startswith("2"):
+            response["content"] = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+
+
+def _as_3_0(node: Any) -> Any:
+    """OpenAPI 3.1 says `anyOf: [X, null]` where 3.0 says `nullable`; titles only repeat the names of fields."""
+    if isinstance(node, list):
+        return [_as_3_0(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _as_3_0(value) for key, value in node.items() if not (key == "title" and _is_schema(node))}
+    if {"type": "null"} in node.get("anyOf", ()):
+        (schema,) = (option for option in node.pop("anyOf") if option != {"type": "null"})
+        return {**node, **schema, "nullable": True}
+    return node
+
+
+def _is_schema(node: dict[str, Any]) -> bool:
+    """Not `info`, and not the properties of a schema, of which one may be called title."""
+    return isinstance(node.get("title"), str) and bool({"type", "anyOf", "$ref", "items"} & node.keys())

@@ -1,0 +1,388 @@
+"""The one file that knows how to build all parts, and the sequence in which they start and stop.
+
+A server is `starting` (the engine warms up), `serving`, `leaving` (not ready any more, but serving: a load balancer
+looks away), `draining` (no new work, what was accepted is answered), `stopped`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+
+from server import release
+from server.budget.audit import Auditor
+from server.budget.control import Machine
+from server.budget.controller import BudgetController, BudgetState
+from server.budget.drift import Drift
+from server.budget.loops import Brownout
+from server.budget.store import FileStore, MemoryStore, PolicyStore
+from server.bundle.frontier import FrontierRow, with_ms
+from server.bundle.manifest import Bundle
+from server.bundle.profile import LiveProfile
+from server.calibration.profiling import kept_profile, profile_at_start
+from server.cascade.batcher import Batcher
+from server.cascade.policy import DeepestRipe
+from server.cascade.scheduler import Scheduler
+from server.core import Engine, ImageResult
+from server.errors import Draining, Overloaded, ServeError
+from server.frontend import routes, schemas
+from server.frontend.bodies import BodyLimits, Intake
+from server.frontend.decoding import Decoder
+from server.frontend.edge import Edge, Endpoint, answer_error, thin
+from server.frontend.images import ImageLimits
+from server.metrics import Metrics
+from server.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
+
+_QUIET = 0.1  # images a second: nobody is there
+
+
+class Phase(Enum):
+    STARTING = "starting"
+    SERVING = "serving"
+    LEAVING = "leaving"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Service:
+    """All parts of one server, and the owner of its phase."""
+
+    def __init__(
+        self, settings: Settings, bundle: Bundle, engine: Engine, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Raises SettingsError for settings that do not fit the bundle."""
+        manifest = bundle.manifest
+        self.settings = settings
+        self.bundle = bundle
+        self.engine = engine
+        self.clock = clock
+        self.phase = Phase.STARTING
+        self.exits = len(manifest.stages)
+        self.stage_gmacs = manifest.stage_gmacs
+        self.control_token = _read_token(settings.control_token_file)
+        self.metrics = Metrics(
+            model=manifest.name, version=manifest.version, release=release(), stage_gmacs=manifest.stage_gmacs
+        )
+        self.batch_sizes = _batch_sizes(settings, bundle, engine)
+        self.machine = Machine(bundle.frontier.rows, self.batch_sizes, settings.executors)
+        self.budget = BudgetController(bundle.frontier, _store(settings, bundle), machine=self.machine)
+        self.scheduler = Scheduler(
+            self.budget.point,
+            max_batch_sizes=self.batch_sizes,
+            max_queued_images=settings.max_queued_images,
+            max_slots=settings.max_slots,
+            executors=settings.executors,
+        )
+        self.batcher = Batcher(engine, self.scheduler, self, settings.executors, clock)
+        self._ticker: asyncio.TimerHandle | None = None  # while there is traffic
+        self.audit = Auditor(
+            self.batcher,
+            self.metrics,
+            fraction=settings.audit_fraction,
+            exits=self.exits,
+            version=self.budget.point.version,
+        )
+        self.drift = Drift(
+            bundle.frontier.records,
+            bundle.frontier.samples,
+            expected=lambda: self.budget.predicted.exit_fractions,
+            point=self.budget.point,
+        )
+        for follow in (self.batcher.retune, self.audit.retune, self.drift.retune):
+            self.budget.on_change(follow)
+        self.intake = Intake(settings.max_requests, settings.max_held_bytes)
+        self.body_limits = BodyLimits(settings.max_body_bytes, settings.max_images, settings.body_timeout_s)
+        limits = ImageLimits(settings.max_pixels, settings.max_aspect, settings.min_side)
+        self.decoder = Decoder(
+            bundle.preprocessing, limits, settings.decode_threads, settings.max_queued_decodes, clock
+        )
+        self.metrics.watch(
+            queue_depths=lambda: dict(enumerate(self.batcher.load.waiting, start=1)),
+            slots_in_use=lambda: engine.slots_in_use,
+            requests_in_flight=lambda: self.intake.requests,
+            held_bytes=lambda: self.intake.held_bytes,
+            budget=self.budget.state,
+            ready=lambda: self.ready,
+            profile=lambda: self.machine.profile,
+            kappa=lambda: self.machine.kappa,
+            arrival_rate=lambda: self.machine.burst.value,
+            audits_pending=lambda: self.audit.state().pending,
+            agreement=lambda: self.audit.state().agreement,
+            accuracy_gap=lambda: self.audit.state().accuracy_gap,
+            drift=self.drift.state,
+        )
+        # What does not change is written once.
+        self.frontier_document = orjson.dumps(_describe_frontier(bundle, bundle.frontier.rows))
+        self.model_document = orjson.dumps(_describe_model(settings, bundle, engine, self.batch_sizes))
+
+    # -- what the routes ask
+
+    @property
+    def alive(self) -> bool:
+        return self.phase is Phase.STARTING or self.batcher.healthy
+
+    @property
+    def ready(self) -> bool:
+        return self.phase is Phase.SERVING and self.batcher.healthy
+
+    @property
+    def closing(self) -> bool:
+        """Whether connections should wind down."""
+        return self.phase not in (Phase.STARTING, Phase.SERVING)
+
+    def check_door(self) -> None:
+        """Refuse before the body is read. Raises Draining."""
+        if self.phase not in (Phase.SERVING, Phase.LEAVING):
+            raise Draining(f"The server is {self.phase.value}", retry_after_s=1)
+
+    def check_queue(self) -> None:
+        """Refuse before the images are decoded what the queue has no room for. Raises Overloaded.
+
+        After the body was read, not before: so that a refused client keeps its connection, and does not add the cost
+        of a new one to the load.
+        """
+        if sum(self.batcher.load.waiting) >= self.settings.max_queued_images:
+            raise Overloaded("The queue is full", retry_after_s=1)
+
+    def note_arrival(self, images: int, patience_s: float) -> None:
+        """Count what is asked of the server, whether or not it can be done."""
+        self.machine.arrived(images, patience_s)
+        if self._ticker is None:
+            self._tick()
+
+    def _tick(self) -> None:
+        """The loops that need a clock get it while there is traffic: an idle server sleeps."""
+        self.budget.tick(self.clock(), self.batcher.load)
+        if self.intake.requests or self.machine.burst.value > _QUIET or self.budget.pressure:
+            self._ticker = asyncio.get_running_loop().call_later(Brownout.TICK, self._tick)
+        else:
+            self._ticker = None
+            self.machine.rest()
+
+    def note_budget(self, state: BudgetState, client: object, request_id: str) -> None:
+        """The audit line of a change."""
+        log.info(
+            "budget %d: target %s, hold %s, thresholds %s, mix %s, from %s, request %s",
+            state.version,
+            state.target,
+            state.hold,
+            state.thresholds,
+            state.mix,
+            client,
+            request_id,
+        )
+
+    # -- what the batcher tells (core.Observer)
+
+    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int) -> None:
+        self.metrics.batch_finished(stage, size, seconds, abandoned)
+        if self.machine.profile is not None:
+            self.machine.profile.observe(stage, size, seconds)
+
+    def image_finished(self, result: ImageResult) -> None:
+        self.metrics.image_finished(result)
+
+    def image_abandoned(self, reason: str) -> None:
+        self.metrics.image_abandoned(reason)
+
+    # -- start and stop
+
+    async def start(self) -> None:
+        """Returns when the first request would not be slower than the next, and what batches take is known."""
+        self.decoder.start()
+        await self.batcher.start()
+        profile = await asyncio.to_thread(
+            profile_at_start,
+            self.bundle,
+            self.engine,
+            executors=self.settings.executors,
+            seconds=self.settings.profile_seconds,
+        )
+        if profile is not None:
+            self.machine.profile = LiveProfile(profile)
+            seconds = self.machine.profile.seconds
+            self.scheduler.learn(seconds, DeepestRipe(seconds, self.batch_sizes))
+            image_seconds = profile.image_seconds(self.batch_sizes)
+            rows = with_ms(self.bundle.frontier.rows, [1000 * s for s in image_seconds])
+            self.frontier_document = orjson.dumps(_describe_frontier(self.bundle, rows))
+        elif "latency_ms" in self.budget.state().target:
+            log.warning("the stored latency budget is not held: no latency profile was measured; see: dvt profile")
+        self.phase = Phase.SERVING
+
+    def leave(self) -> None:
+        """Not ready any more, but serving; answers close their connections."""
+        self.phase = Phase.LEAVING
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new work and answer what was accepted; what the timeout finds is answered with what is known."""
+        self.phase = Phase.DRAINING
+        await self.audit.close()
+        until = self.clock() + timeout_s
+        try:
+            # What passed the door and is still on its way to the batcher is let in.
+            async with asyncio.timeout(timeout_s):
+                await self.intake.wait_idle()
+        except TimeoutError:
+            log.warning("%d requests were not answered within %g s", self.intake.requests, timeout_s)
+        await self.batcher.drain(max(0.0, until - self.clock()))
+
+    async def stop(self) -> None:
+        """Close the engine. May be called twice, and without a start."""
+        self.phase = Phase.STOPPED
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await self.audit.close()
+        await self.decoder.close()
+        await self.batcher.close()
+        await self.budget.close()
+
+
+def _store(settings: Settings, bundle: Bundle) -> PolicyStore:
+    """Keyed by the bundle: a budget that was chosen for one model says nothing of another."""
+    if settings.state_dir is None:
+        return MemoryStore()
+    return FileStore(settings.state_dir / f"budget-{bundle.manifest.version}.json")
+
+
+def _batch_sizes(settings: Settings, bundle: Bundle, engine: Engine) -> tuple[int, ...]:
+    """As set; else as the bundle's profile says that they pay here, where it has one (a short profile of the start is
+    too noisy for that); else as the engine says."""
+    if settings.max_batch_sizes is None:
+        kept = kept_profile(bundle, engine, settings.executors)
+        return engine.max_batch_sizes if kept is None else kept.sizes_that_pay()
+    sizes = settings.max_batch_sizes
+    if len(sizes) != engine.num_stages:
+        raise SettingsError(
+            f"bad setting DVT_MAX_BATCH_SIZES: {len(sizes)} sizes, but the model has {engine.num_stages} stages"
+        )
+    return sizes
+
+
+def _read_token(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"bad setting DVT_CONTROL_TOKEN_FILE={str(file)!r}: {error}") from None
+    if not token:
+        raise SettingsError(f"bad setting DVT_CONTROL_TOKEN_FILE={str(file)!r}: the file is empty")
+    return token
+
+
+def _describe_frontier(bundle: Bundle, rows: Sequence[FrontierRow]) -> dict[str, Any]:
+    frontier = bundle.frontier
+    return {
+        "criterion": frontier.criterion,
+        "source": frontier.source,
+        "samples": frontier.samples,
+        "stage_gmacs": frontier.stage_gmacs,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "certificate": dataclasses.asdict(frontier.certificate) if frontier.certificate else None,
+    }
+
+
+def _describe_model(settings: Settings, bundle: Bundle, engine: Engine, batch_sizes: Sequence[int]) -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "labels": manifest.labels,
+        "stages": [
+            {"stage": number, "grid": stage.grid, "gmacs": stage.gmacs}
+            for number, stage in enumerate(manifest.stages, start=1)
+        ],
+        "precision": manifest.precision,
+        "criterion": manifest.criterion,
+        "engine": {
+            "name": type(engine).__module__.rpartition(".")[2],
+            "executors": settings.executors,
+            "max_batch_sizes": batch_sizes,
+        },
+        "preprocessing": manifest.preprocessing.model_dump(mode="json"),
+    }
+
+
+class ThinRoute(APIRoute):
+    """Documented by FastAPI, run without it: every route reads its own request, so there are no parameters to solve."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.app = thin(self.endpoint)
+
+
+def create_app(
+    settings: Settings, bundle: Bundle, engine: Engine, clock: Callable[[], float] = time.monotonic
+) -> FastAPI:
+    """The application. Its lifespan starts and stops the parts; `app.state.service` has them.
+
+    Blocks for a moment (reads the stored budget). Raises SettingsError.
+    """
+    service = Service(settings, bundle, engine, clock)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            await service.start()
+            yield
+        finally:
+            await service.stop()
+
+    app = schemas.App(
+        title="DVT Serve",
+        version=schemas.CONTRACT,
+        description=schemas.DESCRIPTION,
+        openapi_tags=schemas.TAGS,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+        lifespan=lifespan,
+        exception_handlers={ServeError: answer_error, HTTPException: answer_error},
+    )
+    app.state.service = service
+    app.add_middleware(Edge, metrics=service.metrics, clock=clock, closing=lambda: service.closing)
+    app.router.route_class = ThinRoute
+    for path, method, endpoint, documentation in _table():
+        app.add_api_route(path, endpoint, methods=[method], **documentation)
+    app.mount("/docs/assets", StaticFiles(directory=_swagger_ui()))
+    return app
+
+
+def _table() -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
+    """Every route; the busiest first, as they are tried in order."""
+    return [
+        ("/classify", "POST", routes.classify, schemas.CLASSIFY),
+        ("/budget", "GET", routes.get_budget, schemas.GET_BUDGET),
+        ("/budget", "PUT", routes.put_budget, schemas.PUT_BUDGET),
+        ("/budget/preview", "POST", routes.preview_budget, schemas.PREVIEW_BUDGET),
+        ("/livez", "GET", routes.livez, schemas.LIVEZ),
+        ("/readyz", "GET", routes.readyz, schemas.READYZ),
+        ("/metrics", "GET", routes.get_metrics, schemas.METRICS),
+        ("/frontier", "GET", routes.get_frontier, schemas.FRONTIER),
+        ("/model", "GET", routes.get_model, schemas.MODEL),
+        ("/docs", "GET", routes.docs, {"include_in_schema": False}),
+        ("/openapi.json", "GET", routes.openapi, {"include_in_schema": False}),
+    ]
+
+
+def _swagger_ui() -> Path:
+    from swagger_ui_bundle import swagger_ui_path  # type: ignore[import-untyped]
+
+    return Path(swagger_ui_path)

@@ -1,0 +1,740 @@
+"""A budget is checked, stored and swapped in as one; and it is held when traffic is not what calibration saw."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from server.budget.control import Machine
+from server.budget.controller import AIM_BAND, DEFAULT_SLACK, WINDOW, BudgetController, CostLoop, solve
+from server.budget.store import FileStore, MemoryStore, Policy
+from server.bundle.frontier import Frontier, sweep, upper_hull
+from server.bundle.profile import LatencyProfile, LiveProfile
+from server.cascade.scheduler import Load
+from server.core import Answer, ImageResult, Mix, OperatingPoint
+from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
+
+GMACS = (0.47, 1.1, 2.31)
+NO_PROBABILITIES = np.zeros(0, dtype=np.float32)
+
+
+def traffic(samples: int, seed: int, harder: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Confidences (2, N) and correctness (3, N); `harder` shifts every image's difficulty, in sigmas."""
+    rng = np.random.default_rng(seed)
+    ease = rng.normal(size=samples) - harder
+    depth = np.arange(3)[:, None]
+    score = ease * (1.2 + 0.2 * depth) + 1 + 0.7 * depth + rng.normal(size=(3, samples)) * 0.6
+    confidence = 1 / (1 + np.exp(-score))
+    return confidence[:2].astype(np.float32), rng.random((3, samples)) < confidence
+
+
+@pytest.fixture(scope="module")
+def frontier() -> Frontier:
+    return sweep(*traffic(20_000, seed=0), GMACS, key="k")
+
+
+def answer(budget: BudgetController, *exits: int, degraded: bool = False, in_engine: float = 0.0) -> Answer:
+    """To a request of so many images, judged by the point in force."""
+    results = [
+        ImageResult(
+            NO_PROBABILITIES, exit, 0.9, degraded, queue_s=0.0, compute_s=in_engine * exit, confidences=(0.9,) * exit
+        )
+        for exit in exits
+    ]
+    return Answer(budget.point, tuple(results))
+
+
+def serve(budget: BudgetController, confidence: NDArray[np.float32], **kwargs: Any) -> NDArray[np.float64]:
+    """Let the images, a request each, through the thresholds in force at their time; the cost of each."""
+    costs = []
+    places = np.random.default_rng(0).random(confidence.shape[1])
+    for place, (first, second) in zip(places, confidence.T, strict=True):
+        t = budget.point.thresholds_for(place)
+        exit = 1 if first >= t[0] else 2 if second >= t[1] else 3
+        budget.observe(answer(budget, exit), 0.01, **{"steered": False, **kwargs})
+        costs.append(GMACS[exit - 1])
+    return np.array(costs)
+
+
+class BrokenStore(MemoryStore):
+    """A disk that is full."""
+
+    def save(self, policy: Policy) -> None:
+        raise StoreUnavailable(f"budget {policy.version} could not be stored: no space left on device")
+
+
+async def test_a_budget_in_gmacs_takes_the_best_row_within_it(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    row = frontier.by_gmacs(1.0)
+    assert row is not None
+    state = await budget.put({"gmacs": 1.0})
+    assert asdict(state) == {
+        "version": 2,
+        "target": {"gmacs": 1.0},
+        "hold": "cost",
+        "clamped": False,
+        "thresholds": row.thresholds,
+        "mix": None,
+        "predicted": {"accuracy": row.accuracy, "gmacs": row.gmacs, "exit_fractions": row.exit_fractions},
+        "observed": {
+            "images": 0,
+            "gmacs": None,
+            "exit_fractions": None,
+            "latency_ms": {"p50": None, "p99": None},
+        },
+        "feasible": {
+            "gmacs": (GMACS[0], frontier.knee.gmacs),
+            "accuracy": (frontier.rows[0].accuracy, frontier.knee.accuracy),
+            "latency_ms": None,
+        },
+        "row": frontier.rows.index(row),
+        "pressure": 0.0,
+    }
+    assert row.gmacs <= 1.0
+    assert budget.point == OperatingPoint(2, row.thresholds)
+
+
+async def test_a_budget_in_accuracy_takes_the_cheapest_row_that_reaches_it(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    wanted = (frontier.rows[0].accuracy + frontier.knee.accuracy) / 2
+    state = await budget.put({"accuracy": wanted}, "quality")
+    assert state.predicted.accuracy >= wanted
+    assert all(row.accuracy < wanted for row in frontier.rows if row.gmacs < state.predicted.gmacs)
+    assert state.hold == "quality"
+
+
+async def test_thresholds_are_taken_as_given_with_or_without_the_last(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    for given in ([0.92, 0.71], [0.92, 0.71, 0], [1, 2.0]):
+        state = await budget.put({"thresholds": given}, "cost")
+        assert state.thresholds == (*given[:2], 0.0)
+        assert state.target == {"thresholds": given}
+        assert state.hold == "quality", "thresholds that an operator set do not follow the traffic"
+        assert state.predicted.gmacs == frontier.predict(given).gmacs
+
+
+async def test_a_budget_above_the_knee_is_clamped_to_it_and_says_so(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    above = await budget.put({"gmacs": 50})
+    assert above.clamped
+    assert above.thresholds == frontier.knee.thresholds
+    assert not (await budget.put({"gmacs": frontier.knee.gmacs})).clamped
+    easy = await budget.put({"accuracy": 0.01})
+    assert easy.clamped
+    assert easy.thresholds == frontier.rows[0].thresholds
+
+
+@pytest.mark.parametrize("target", [{"gmacs": 0.46}, {"gmacs": -1}, {"accuracy": 0.999}, {"accuracy": 78}])
+async def test_what_cannot_be_reached_is_refused_with_the_feasible_range(
+    frontier: Frontier, target: dict[str, float]
+) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    before = budget.state()
+    with pytest.raises(BudgetInfeasible) as caught:
+        await budget.put(target)
+    assert caught.value.extra["feasible"] == {
+        "gmacs": (GMACS[0], frontier.knee.gmacs),
+        "accuracy": (frontier.rows[0].accuracy, frontier.knee.accuracy),
+        "latency_ms": None,
+    }
+    assert budget.state() == before
+
+
+@pytest.mark.parametrize(
+    ("target", "cause"),
+    [
+        ({}, "exactly one target"),
+        ({"gmacs": 1.0, "accuracy": 0.7}, "exactly one target"),
+        ({"watts": 3}, "exactly one target"),
+        ({"latency_ms": 25, "quantile": 0.99}, "needs a latency profile"),
+        ({"latency_ms": 0}, "latency_ms must be above 0"),
+        ({"latency_ms": 25, "quantile": 1}, "between 0.5 and 0.999"),
+        ({"gmacs": 1.0, "quantile": 0.9}, "quantile belongs to latency_ms"),
+        ({"gmacs": "1"}, "gmacs must be a number"),
+        ({"gmacs": True}, "gmacs must be a number"),
+        ({"gmacs": None}, "gmacs must be a number"),
+        ({"gmacs": float("nan")}, "finite"),
+        ({"gmacs": 10**400}, "finite"),
+        ({"accuracy": float("inf")}, "finite"),
+        ({"thresholds": 0.5}, "list of 2 numbers"),
+        ({"thresholds": [0.5]}, "list of 2 numbers"),
+        ({"thresholds": [0.5] * 4}, "list of 2 numbers"),
+        ({"thresholds": [0.5, 0.5, 0.5]}, "the last threshold must be 0"),
+        ({"thresholds": [0.5, 1.5]}, "between 0 and 1"),
+        ({"thresholds": [-0.1, 0.5]}, "between 0 and 1"),
+        ({"thresholds": ["a", 0.5]}, "must be a number"),
+    ],
+)
+def test_what_is_no_target_is_refused_with_its_cause(frontier: Frontier, target: dict[str, Any], cause: str) -> None:
+    with pytest.raises(InvalidRequest, match=cause):
+        solve(frontier, target)
+
+
+def test_hold_is_cost_or_quality(frontier: Frontier) -> None:
+    with pytest.raises(InvalidRequest, match="hold is"):
+        solve(frontier, {"gmacs": 1.0}, "tight")
+
+
+def test_until_an_operator_speaks_it_runs_just_below_the_knee_with_fixed_thresholds(frontier: Frontier) -> None:
+    state = BudgetController(frontier, MemoryStore()).state()
+    assert (state.version, state.hold, state.clamped) == (1, "quality", False)
+    assert frontier.knee.accuracy - state.predicted.accuracy <= DEFAULT_SLACK
+    assert state.predicted.gmacs < frontier.knee.gmacs
+    assert state.target == {"accuracy": state.predicted.accuracy}
+    again = solve(frontier, state.target, state.hold)
+    assert again.setting.thresholds == state.thresholds, "the target shown is one that gives these thresholds"
+
+
+async def test_if_match_lets_only_the_version_it_names_be_replaced(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    assert (await budget.put({"gmacs": 1.0}, if_match=1)).version == 2
+    with pytest.raises(VersionMismatch, match="version 2, not 1"):
+        await budget.put({"gmacs": 1.5}, if_match=1)
+    assert budget.state().target == {"gmacs": 1.0}
+    assert (await budget.put({"gmacs": 1.5}, if_match="*")).version == 3
+    assert (await budget.put({"gmacs": 1.5})).version == 4
+
+
+async def test_of_two_writers_with_the_same_version_one_wins(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    outcomes = await asyncio.gather(
+        *(budget.put({"gmacs": 1.0 + 0.1 * n}, if_match=1) for n in range(5)), return_exceptions=True
+    )
+    assert sum(isinstance(outcome, VersionMismatch) for outcome in outcomes) == 4
+    assert budget.point.version == 2
+
+
+async def test_a_swap_is_told_once_it_is_stored(frontier: Frontier) -> None:
+    store = MemoryStore()
+    told: list[tuple[OperatingPoint, Policy | None]] = []
+    budget = BudgetController(frontier, store, lambda point: told.append((point, store.load())))
+    also: list[OperatingPoint] = []
+    budget.on_change(also.append)
+    state = await budget.put({"gmacs": 1.0})
+    point = OperatingPoint(2, state.thresholds)
+    assert told == [(point, Policy(2, {"gmacs": 1.0}, "cost"))]
+    assert also == [point]
+
+
+async def test_a_store_that_fails_changes_nothing(frontier: Frontier) -> None:
+    told: list[OperatingPoint] = []
+    budget = BudgetController(frontier, BrokenStore(), told.append)
+    before = budget.state()
+    with pytest.raises(StoreUnavailable, match="no space left"):
+        await budget.put({"gmacs": 1.0})
+    assert budget.state() == before
+    assert told == []
+
+
+async def test_it_survives_a_restart(frontier: Frontier, tmp_path: Path) -> None:
+    path = tmp_path / "state" / "budget.json"
+    budget = BudgetController(frontier, FileStore(path))
+    await budget.put({"gmacs": 0.8})
+    last = await budget.put({"accuracy": 0.75}, "quality")
+    assert BudgetController(frontier, FileStore(path)).state() == last
+    await budget.close()
+    assert BudgetController(frontier, FileStore(path)).state() == last
+    names = sorted(file.name for file in path.parent.iterdir())
+    assert names == ["budget.json", "budget.json.new"], "no temporary file is left"
+
+
+class SlowDisk(MemoryStore):
+    """Takes what it is given at once, and needs the gate to have it on the disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.synced: list[Policy | None] = []
+
+    def sync(self) -> None:
+        assert self.gate.wait(10)
+        self.synced.append(self.load())
+
+
+async def test_an_answer_does_not_wait_for_the_disk_and_the_end_does(frontier: Frontier) -> None:
+    store = SlowDisk()
+    budget = BudgetController(frontier, store)
+    for gmacs in (0.8, 1.0, 1.2):
+        await budget.put({"gmacs": gmacs})
+    assert store.synced == []
+    closing = asyncio.create_task(budget.close())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    store.gate.set()
+    await closing
+    assert store.synced[-1] == Policy(4, {"gmacs": 1.2}, "cost")
+    assert len(store.synced) <= 2, "what came while the disk was busy is synced in one"
+
+
+async def test_a_disk_that_fails_behind_the_answer_is_told_to_the_log(
+    frontier: Frontier, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(MemoryStore):
+        def sync(self) -> None:
+            raise StoreUnavailable("no space left on device")
+
+    budget = BudgetController(frontier, Failing())
+    with caplog.at_level(logging.WARNING):
+        await budget.put({"gmacs": 1.0})
+        await budget.close()
+    assert "would not outlive a power failure: no space left" in caplog.text
+    await budget.put({"gmacs": 1.2})
+    await budget.close()
+
+
+@pytest.mark.parametrize("text", ["", '{"version": 9', "{}"])
+def test_after_a_power_failure_the_last_policy_that_was_synced_counts(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    store.save(Policy(3, {"gmacs": 1.0}, "cost"))
+    store.sync()
+    (tmp_path / "budget.json.new").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert FileStore(tmp_path / "budget.json").load() == Policy(3, {"gmacs": 1.0}, "cost")
+    assert "budget.json.new" in caplog.text
+
+
+async def test_a_mixed_budget_meets_its_cost_exactly_by_two_sets_of_thresholds(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    mixture = frontier.mixture(1.0)
+    assert mixture is not None
+    assert 0 < mixture.share < 1
+    state = await budget.put({"gmacs": 1.0}, "quality", mix=True)
+    assert state.thresholds == mixture.cheaper.thresholds
+    assert state.mix == Mix(mixture.dearer.thresholds, mixture.share)
+    assert state.predicted.gmacs == 1.0
+    below = frontier.by_gmacs(1.0)
+    assert below is not None
+    assert state.predicted.accuracy is not None
+    assert state.predicted.accuracy >= below.accuracy
+    assert budget.point == OperatingPoint(2, state.thresholds, state.mix)
+    assert serve(budget, traffic(20_000, seed=0)[0]).mean() == pytest.approx(1.0, rel=0.01)
+    assert budget.state().mix == state.mix, "quality: the mixture stays"
+    assert (await budget.put({"gmacs": 1.0})).mix is None
+
+
+async def test_a_mixed_budget_beyond_the_knee_is_the_knee_alone(frontier: Frontier) -> None:
+    state = await BudgetController(frontier, MemoryStore()).put({"gmacs": 50}, mix=True)
+    assert state.clamped
+    assert state.thresholds == frontier.knee.thresholds
+    assert state.mix == Mix(frontier.knee.thresholds, 0.0)
+    with pytest.raises(BudgetInfeasible):
+        solve(frontier, {"gmacs": 0.46}, mix=True)
+
+
+@pytest.mark.parametrize("target", [{"accuracy": 0.75}, {"thresholds": [0.9, 0.8]}])
+def test_only_a_cost_is_met_by_a_mixture(frontier: Frontier, target: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="mix is for gmacs targets only"):
+        solve(frontier, target, mix=True)
+    assert solve(frontier, target, mix=False).setting.mix is None
+    with pytest.raises(InvalidRequest, match="true or false"):
+        solve(frontier, {"gmacs": 1.0}, mix="yes")  # type: ignore[arg-type]
+
+
+async def test_a_mixed_budget_is_held_along_the_hull_as_traffic_turns_harder(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    await budget.put({"gmacs": 0.8}, mix=True)
+    vertices = [row.thresholds for row in upper_hull(frontier.rows)]
+    told: list[OperatingPoint] = []
+    budget.on_change(told.append)
+    for seed, harder in enumerate([0.0, 0.5, 0.0], start=1):
+        settled = serve(budget, traffic(15_000, seed=seed, harder=harder)[0])[3000:].mean()
+        assert settled == pytest.approx(0.8, rel=0.01)
+    assert told
+    for point in told:
+        assert point.version == 2
+        assert point.mix is not None
+        low, high = vertices.index(point.thresholds), vertices.index(point.mix.thresholds)
+        assert high - low in (0, 1), "neighbours on the hull"
+    assert all(a != b for a, b in itertools.pairwise(told)), "what has not moved is not told"
+
+
+async def test_a_mixed_budget_survives_a_restart_and_older_files_mean_no_mix(
+    frontier: Frontier, tmp_path: Path
+) -> None:
+    path = tmp_path / "budget.json"
+    budget = BudgetController(frontier, FileStore(path))
+    mixed = await budget.put({"gmacs": 1.0}, mix=True)
+    await budget.close()
+    assert BudgetController(frontier, FileStore(path)).state() == mixed
+    (tmp_path / "budget.json.new").unlink()
+    path.write_text('{"version": 3, "target": {"gmacs": 1.0}, "hold": "cost"}')
+    assert FileStore(path).load() == Policy(3, {"gmacs": 1.0}, "cost", mix=False)
+    path.write_text('{"version": 3, "target": {"gmacs": 1.0}, "hold": "cost", "mix": 1}')
+    with pytest.raises(StoreUnavailable, match="does not hold a budget"):
+        FileStore(path).load()
+
+
+async def test_what_the_cost_loop_made_of_a_target_is_not_stored(frontier: Frontier, tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    budget = BudgetController(frontier, store)
+    state = await budget.put({"gmacs": 1.0})
+    serve(budget, traffic(2000, seed=1, harder=0.5)[0])
+    assert budget.point.thresholds != state.thresholds
+    assert BudgetController(frontier, store).point.thresholds == state.thresholds
+
+
+def test_a_stored_target_is_solved_anew_on_the_frontier_of_today() -> None:
+    store = MemoryStore()
+    store.save(Policy(7, {"gmacs": 1.0}, "cost"))
+    other = sweep(*traffic(5000, seed=5, harder=1.0), GMACS)
+    assert BudgetController(other, store).point == OperatingPoint(7, solve(other, {"gmacs": 1.0}).setting.thresholds)
+
+
+@pytest.mark.parametrize("target", [{"gmacs": 0.1}, {"latency_ms": 5}, {"thresholds": [0.5] * 5}, {"gmacs": "x"}])
+def test_a_stored_target_that_the_frontier_cannot_serve_gives_way_to_the_default_with_a_warning(
+    frontier: Frontier, target: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = MemoryStore()
+    store.save(Policy(7, target, "cost"))
+    with caplog.at_level(logging.WARNING):
+        budget = BudgetController(frontier, store)
+    assert "the default is used" in caplog.text
+    assert budget.state().target == BudgetController(frontier, MemoryStore()).state().target
+    assert budget.point.version == 8, "another target, another ETag"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": "1", "target": {}, "hold": "cost"}', "\xff"])
+def test_a_state_file_that_is_damaged_does_not_stop_the_start(
+    frontier: Frontier, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "budget.json"
+    path.write_text(text, encoding="latin-1")
+    with caplog.at_level(logging.WARNING):
+        budget = BudgetController(frontier, FileStore(path))
+    assert budget.point.version == 1
+    assert str(path) in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_store_that_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way of a folder")
+    store = FileStore(tmp_path / "file" / "budget.json")
+    with pytest.raises(StoreUnavailable, match="could not be stored"):
+        store.save(Policy(1, {"gmacs": 1.0}, "cost"))
+
+
+def test_a_policy_is_whole_also_after_a_longer_one(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    longer, shorter = Policy(9, {"thresholds": [0.123456789] * 5}, "quality"), Policy(10, {"gmacs": 1.0}, "cost")
+    for policy in (longer, shorter, longer):
+        store.save(policy)
+        assert FileStore(tmp_path / "budget.json.new").load() == policy  # by itself: nothing was synced
+    store.sync()
+    store.save(shorter)
+    assert FileStore(store.path).load() == shorter
+
+
+def test_a_write_of_which_only_a_part_arrives_is_a_save_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    store.save(Policy(1, {"gmacs": 1.0}, "cost"))
+    store.sync()
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:20]))
+    with pytest.raises(StoreUnavailable, match="only a part"):
+        store.save(Policy(2, {"gmacs": 2.0}, "cost"))
+    assert FileStore(store.path).load() == Policy(1, {"gmacs": 1.0}, "cost")
+
+
+def test_a_save_that_fails_leaves_the_policy_before_it_and_no_litter(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    store.save(Policy(1, {"gmacs": 1.0}, "cost"))
+    with pytest.raises(ValueError, match="JSON"):
+        store.save(Policy(2, {"gmacs": float("nan")}, "cost"))
+    assert store.load() == Policy(1, {"gmacs": 1.0}, "cost")
+    assert [file.name for file in tmp_path.iterdir()] == ["budget.json.new"]
+    store.sync()
+    assert json.loads((tmp_path / "budget.json").read_text()) == {
+        "version": 1,
+        "target": {"gmacs": 1.0},
+        "hold": "cost",
+        "mix": False,
+    }
+
+
+async def test_observed_is_what_the_images_of_this_budget_did(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    for number, exit in enumerate([1, 1, 2, 3] * 25, start=1):
+        budget.observe(answer(budget, exit), number / 1000, steered=exit == 3)
+    observed = budget.state().observed
+    assert observed.images == 100
+    assert observed.exit_fractions == (0.5, 0.25, 0.25)
+    assert observed.gmacs == pytest.approx((2 * GMACS[0] + GMACS[1] + GMACS[2]) / 4)
+    assert observed.latency_ms.p50 == pytest.approx(50.5)
+    assert observed.latency_ms.p99 == pytest.approx(99.01)
+    late = answer(budget, 3, 3)
+    assert (await budget.put({"gmacs": 1.0})).observed.images == 0, "a new budget is judged by its own images"
+    budget.observe(late, 0.1, steered=False)
+    assert budget.state().observed.images == 0, "these were judged by the one before"
+
+
+def test_observed_looks_back_over_a_bounded_window(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    for _ in range(50):
+        budget.observe(answer(budget, 3), 9.0, steered=False)
+    for _ in range(WINDOW):
+        budget.observe(answer(budget, 1), 0.001, steered=False)
+    observed = budget.state().observed
+    assert (observed.images, observed.gmacs, observed.exit_fractions) == (WINDOW, GMACS[0], (1, 0, 0))
+    assert observed.latency_ms.p99 == pytest.approx(1)
+
+
+@pytest.mark.parametrize("gmacs", [0.8, 1.5])
+async def test_cost_is_held_within_one_percent_while_traffic_turns_harder_and_easier(
+    frontier: Frontier, gmacs: float
+) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    row = (await budget.put({"gmacs": gmacs})).thresholds
+    on_the_frontier = {r.thresholds for r in frontier.rows}
+    left: list[OperatingPoint] = []
+    budget.on_change(lambda point: left.append(point) if point.thresholds not in on_the_frontier else None)
+    for seed, harder in enumerate([0.0, 0.5, 0.0], start=1):
+        confidence = traffic(15_000, seed=seed, harder=harder)[0]
+        # What would have happened with the thresholds left alone
+        taken = np.where(confidence[0] >= row[0], 0, np.where(confidence[1] >= row[1], 1, 2))
+        alone = np.asarray(GMACS)[taken].mean()
+        settled = serve(budget, confidence)[3000:].mean()
+        assert settled == pytest.approx(gmacs, rel=0.01)
+        if harder:
+            assert alone > 1.08 * gmacs, "the shift is one that matters"
+    assert left == []
+    assert budget.point.version == 2, "thresholds follow the traffic within one version"
+
+
+@pytest.mark.parametrize("target", [{"thresholds": [0.9, 0.8]}, {"gmacs": 1.0}, {"accuracy": 0.75}])
+async def test_quality_is_held_by_leaving_the_thresholds_alone(frontier: Frontier, target: dict[str, Any]) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    point = OperatingPoint(2, (await budget.put(target, "quality")).thresholds)
+    serve(budget, traffic(3000, seed=1, harder=1.0)[0])
+    assert budget.point == point
+
+
+@pytest.mark.parametrize("how", [{"steered": True}, {"degraded": True}])
+async def test_images_that_the_thresholds_did_not_decide_do_not_move_them(
+    frontier: Frontier, how: dict[str, bool]
+) -> None:
+    budget = BudgetController(frontier, MemoryStore())
+    before = (await budget.put({"gmacs": 1.0})).thresholds
+    for _ in range(5000):
+        one = answer(budget, 1, degraded=how.get("degraded", False))
+        budget.observe(one, 0.01, steered=how.get("steered", False))
+    assert budget.point.thresholds == before
+    assert budget.state().observed.images == 5000
+
+
+def loop_at(frontier: Frontier, gmacs: float) -> CostLoop:
+    return CostLoop(frontier, gmacs)
+
+
+def test_the_loop_moves_at_the_end_of_a_block_and_by_sixteen_rows_at_most(frontier: Frontier) -> None:
+    loop = loop_at(frontier, 1.0)
+    rows = [loop.row]
+    for _ in range(12 * CostLoop.BLOCK):
+        loop.observe(GMACS[2])
+        rows.append(loop.row)
+    steps = np.diff(rows)
+    moved = np.flatnonzero(steps) + 1
+    assert np.all(moved % CostLoop.BLOCK == 0)
+    assert np.abs(steps).max() == CostLoop.MAX_STEP
+    assert loop.row == 0
+
+
+def test_the_loop_stays_put_within_one_percent(frontier: Frontier) -> None:
+    loop = loop_at(frontier, 1.0)
+    assert not any(loop.observe(1.0 + 0.009 * (-1) ** n) for n in range(20 * CostLoop.BLOCK))
+    assert not any(loop.observe(1.009) for _ in range(20 * CostLoop.BLOCK))
+
+
+def test_the_loop_does_not_wind_up_while_it_is_stuck_at_an_end(frontier: Frontier) -> None:
+    def blocks_to_leave(blocks_stuck: int) -> int:
+        loop = loop_at(frontier, 1.0)
+        for _ in range(blocks_stuck * CostLoop.BLOCK):
+            loop.observe(GMACS[0])  # so easy that even the knee costs too little
+        assert loop.row == len(frontier.rows) - 1
+        for block in range(1, 100):
+            for _ in range(CostLoop.BLOCK):
+                loop.observe(GMACS[2])
+            if loop.row < len(frontier.rows) - 1:
+                return block
+        pytest.fail("never left the end")
+
+    assert blocks_to_leave(1000) == blocks_to_leave(40) <= 5
+
+
+def test_a_clamped_budget_rests_at_the_knee(frontier: Frontier) -> None:
+    loop = loop_at(frontier, 50.0)
+    assert not any(loop.observe(GMACS[2]) for _ in range(50 * CostLoop.BLOCK))
+
+
+# -- latency targets and overload, with what batches take as stated
+
+
+RATE = 100.0  # images a second
+EXECUTORS = 2
+
+
+class Loaded:
+    """A budget on a machine with a profile, and its clock."""
+
+    def __init__(self, frontier: Frontier, store: MemoryStore | None = None) -> None:
+        self.machine = Machine(frontier.rows, (8, 8, 8), EXECUTORS)
+        self.budget = BudgetController(frontier, store or MemoryStore(), machine=self.machine)
+        self.machine.profile = LiveProfile(LatencyProfile.lines((0.001, 0.001, 0.001), (0.002, 0.004, 0.008)))
+        self.now = 0.0
+        self.tick(seconds=0.0)
+
+    def tick(self, seconds: float = 5.0, rate: float = RATE, waiting: int = 0, patience: float = 1.0) -> None:
+        for _ in range(max(1, round(seconds / 0.05))):
+            self.now += 0.05
+            self.machine.arrived(round(rate * 0.05), patience)
+            self.budget.tick(self.now, Load((waiting, 0, 0), (0, 0, 0), 0, 64))
+
+
+async def test_a_latency_is_what_the_arrival_rate_leaves(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.tick()
+    gmacs = []
+    for latency_ms in (24, 30, 60, 1000):
+        state = await loaded.budget.put({"latency_ms": latency_ms, "quantile": 0.99})
+        assert state.target == {"latency_ms": latency_ms, "quantile": 0.99}
+        assert state.predicted.gmacs is not None
+        gmacs.append(state.predicted.gmacs)
+    assert gmacs == sorted(gmacs)
+    assert gmacs[0] < gmacs[-1] == frontier.knee.gmacs
+    await loaded.budget.put({"latency_ms": 60})
+    before = loaded.budget.state().row
+    loaded.tick(rate=400)
+    after = loaded.budget.state()
+    assert after.row is not None
+    assert before is not None
+    assert after.row < before, "the same latency at four times the rate"
+    assert after.version == 6, "the target is the same"
+
+
+async def test_a_latency_out_of_reach_is_refused_with_what_is_feasible(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.tick()
+    with pytest.raises(BudgetInfeasible) as caught:
+        await loaded.budget.put({"latency_ms": 17})  # alone an image takes 3 + 14 ms
+    low, high = caught.value.extra["feasible"]["latency_ms"]
+    assert 17 < low < high
+    assert (await loaded.budget.put({"latency_ms": low})).row == 0
+    assert (await loaded.budget.put({"latency_ms": high})).predicted.gmacs == frontier.knee.gmacs
+
+
+async def test_without_traffic_what_an_image_takes_alone_is_feasible(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.machine.rest()
+    latency_ms = loaded.budget.state().feasible.latency_ms
+    assert latency_ms is not None
+    assert latency_ms == pytest.approx((17, 17))
+    assert (await loaded.budget.put({"latency_ms": latency_ms[0]})).predicted.gmacs == frontier.knee.gmacs
+
+
+def test_that_an_image_waits_for_the_others_of_its_request_is_not_the_servers_overhead(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    alone = loaded.machine.alone()
+    for _ in range(100):
+        many = answer(loaded.budget, *[1] * 63, 3, degraded=False, in_engine=0.1)
+        loaded.budget.observe(many, total_s=0.302, steered=False)
+    assert loaded.machine.alone() == pytest.approx(alone + 0.002, abs=0.0005)
+
+
+async def test_a_burst_after_a_silence_is_no_overload(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.tick(rate=0)
+    loaded.machine.rest()
+    loaded.machine.arrived(64, 0.4)
+    loaded.budget.tick(loaded.now + 1, Load((64, 0, 0), (0, 0, 0), 0, 64))
+    loaded.budget.tick(loaded.now + 1.05, Load((40, 0, 0), (8, 0, 0), 8, 64))
+    assert loaded.budget.pressure < 0.5
+    assert (await loaded.budget.put({"latency_ms": 100})).row != 0
+
+
+async def test_a_budget_below_the_ceiling_is_in_force_at_once(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    await loaded.budget.put({"gmacs": 2.0})
+    loaded.tick(seconds=0.1, rate=300, waiting=150)
+    ceiling = loaded.budget.state().predicted.gmacs
+    assert loaded.budget.pressure > 0
+    assert ceiling is not None
+    state = await loaded.budget.put({"gmacs": (frontier.rows[0].gmacs + ceiling) / 2})
+    assert state.predicted.gmacs is not None
+    assert state.predicted.gmacs < ceiling
+    assert state.pressure == 0
+
+
+async def test_where_not_even_the_cheapest_row_keeps_up_no_latency_is_feasible(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    loaded.tick(rate=5000)
+    with pytest.raises(BudgetInfeasible) as caught:
+        await loaded.budget.put({"latency_ms": 100})
+    assert caught.value.extra["feasible"]["latency_ms"] is None
+
+
+async def test_a_latency_target_survives_a_restart_before_the_profile_is_known(frontier: Frontier) -> None:
+    store = MemoryStore()
+    loaded = Loaded(frontier, store)
+    loaded.tick()
+    await loaded.budget.put({"latency_ms": 30, "quantile": 0.9})
+    again = Loaded(frontier, store)
+    assert again.budget.state().target == {"latency_ms": 30, "quantile": 0.9}
+    again.tick(seconds=60, rate=300)
+    loaded.tick(seconds=60, rate=300)
+    found, wanted = again.budget.state().predicted.gmacs, loaded.budget.state().predicted.gmacs
+    assert found == pytest.approx(wanted, rel=2 * AIM_BAND)
+
+
+@pytest.mark.parametrize("target", [{"thresholds": [0.9, 0.9]}, {"gmacs": 1.5}, {"accuracy": 0.8}])
+async def test_thresholds_that_an_operator_wants_to_stay_do_so_under_overload(
+    frontier: Frontier, target: dict[str, Any]
+) -> None:
+    loaded = Loaded(frontier)
+    await loaded.budget.put({"gmacs": 2.0})
+    loaded.tick(seconds=0.1, rate=600, waiting=300)
+    assert loaded.budget.pressure > 0
+    before = await loaded.budget.put(target, "quality")
+    loaded.tick(seconds=5, rate=600, waiting=300)
+    after = loaded.budget.state()
+    assert (after.thresholds, after.pressure) == (before.thresholds, 0)
+
+
+@pytest.mark.parametrize("target", [None, {"gmacs": 1.5}, {"accuracy": 0.8}])
+async def test_an_overload_costs_accuracy_until_it_is_over(frontier: Frontier, target: dict[str, Any] | None) -> None:
+    loaded = Loaded(frontier)
+    before = loaded.budget.state() if target is None else await loaded.budget.put(target)
+    loaded.tick(rate=600, waiting=0)
+    assert loaded.budget.state().pressure == 0, "busy is not overloaded"
+    loaded.tick(seconds=0.1, rate=600, waiting=300)
+    during = loaded.budget.state()
+    assert 0 < during.pressure < 1
+    assert during.predicted.gmacs < before.predicted.gmacs
+    assert during.version == before.version
+    loaded.tick(seconds=10, rate=50)
+    after = loaded.budget.state()
+    assert (after.pressure, after.thresholds) == (0, before.thresholds)
+
+
+async def test_the_cost_loop_learns_nothing_under_a_ceiling(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    await loaded.budget.put({"gmacs": 1.5})
+    before = loaded.budget.state().thresholds
+    loaded.tick(seconds=0.1, rate=600, waiting=300)
+    assert loaded.budget.pressure > 0
+    for _ in range(20 * CostLoop.BLOCK):
+        loaded.budget.observe(answer(loaded.budget, 1), 0.01, steered=False)
+    loaded.tick(seconds=10, rate=50)
+    assert loaded.budget.state().thresholds == before

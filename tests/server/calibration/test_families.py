@@ -1,0 +1,41 @@
+"""The solvers that the frontier is compared with do what their papers say, and never beat it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.server.test_frontier import GMACS, synthetic
+
+from benchmarks.exact import exact_best
+from server.bundle.frontier import budget_area, sweep
+from server.calibration.families import genetic, geometric
+
+
+def test_the_geometric_family_moves_from_the_first_exit_to_the_last_and_never_beats_the_frontier() -> None:
+    confidence, correct = synthetic(5000)
+    family = geometric(confidence, correct, GMACS)
+    frontier = sweep(confidence, correct, GMACS, bins=5000)
+    assert len(family) == 59
+    first, last = family[0].exit_fractions, family[-1].exit_fractions
+    assert first[0] > 0.9
+    assert last[2] > 0.5
+    p = np.array([1.0, 1.0, 1.0]) / 3  # k = 20
+    np.testing.assert_allclose(family[19].exit_fractions, p, atol=0.002)
+    low = family[0].gmacs
+    assert budget_area(family, low, GMACS[2]) <= budget_area(frontier.rows, low, GMACS[2])
+
+
+@pytest.mark.parametrize("budget", [0.8, 1.2, 2.0])
+def test_the_genetic_algorithm_comes_near_the_optimum_within_its_budget(budget: float) -> None:
+    confidence, correct = synthetic(2000)
+    row = genetic(confidence, correct, GMACS, budget)
+    best = exact_best(confidence, correct, GMACS, budget)
+    assert best is not None
+    assert row.gmacs <= budget
+    assert best - 0.015 <= row.accuracy <= best
+    assert genetic(confidence, correct, GMACS, budget) == row, "the same seed, the same row"
+
+
+def test_the_genetic_algorithm_lets_all_leave_at_once_where_nothing_else_can_be_paid() -> None:
+    confidence, correct = synthetic(300)
+    assert genetic(confidence, correct, GMACS, GMACS[0]).exit_fractions == (1.0, 0.0, 0.0)

@@ -1,0 +1,273 @@
+"""What every engine promises (`core.Engine`): FakeEngine, and ONNX Runtime on three small hand-made stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
+from server.core import Engine, Pixels, Slot, StageBatch, StageOutput
+from server.engines import load_engine
+from server.engines.fake import FakeEngine
+from server.engines.onnx import largest_batch_that_pays
+from server.errors import BundleError
+
+SIDE, CLASSES, DIM, MAPS = 8, 10, 6, 2  # input height and width; K; D; relation maps
+GRIDS = ((1, 2), (2, 2), (2, 3))
+IMAGE = ("B", SIDE, SIDE, 3)
+STAY = 2.0  # a threshold that no confidence reaches
+LEAVE = 0.0
+
+Shapes = dict[str, tuple[int | str, ...]]
+
+
+def state(stage: int) -> Shapes:
+    """What a stage leaves for the next one. An ONNX graph cannot take and leave tensors of one name."""
+    if not 1 <= stage < len(GRIDS):
+        return {}
+    tokens = GRIDS[stage - 1][0] * GRIDS[stage - 1][1]
+    return {f"features{stage}": ("B", tokens, DIM), f"relations{stage}": ("B", MAPS, tokens + 1, tokens + 1)}
+
+
+def outputs(stage: int) -> Shapes:
+    return {"logits": ("B", CLASSES), "probabilities": ("B", CLASSES), "confidence": ("B",), **state(stage)}
+
+
+def stage_model(stage: int) -> onnx.ModelProto:
+    """All inputs flattened and joined, then one random matrix for each output."""
+    rng = np.random.default_rng(stage)
+    inputs: Shapes = {"image": IMAGE, **state(stage - 1)}
+    constants = {"rows": np.array([0, -1]), "last": np.array([-1]), "scale": np.float32(1 / 255)}
+    nodes = [
+        helper.make_node("Cast", ["image"], ["image_f32"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["image_f32", "scale"], ["image_scaled"]),
+        helper.make_node("Reshape", ["image_scaled", "rows"], ["image_flat"]),
+        *[helper.make_node("Reshape", [name, "rows"], [f"{name}_flat"]) for name in state(stage - 1)],
+        helper.make_node("Concat", [f"{name}_flat" for name in inputs], ["joined"], axis=1),
+    ]
+    width = sum(int(np.prod(shape[1:])) for shape in inputs.values())
+    for name, shape in {"logits": ("B", CLASSES), **state(stage)}.items():
+        size = int(np.prod(shape[1:]))
+        constants[f"{name}_w"] = rng.normal(0, 0.3, (width, size)).astype(np.float32)
+        constants[f"{name}_shape"] = np.array([-1, *shape[1:]])
+        nodes.append(helper.make_node("MatMul", ["joined", f"{name}_w"], [f"{name}_row"]))
+        nodes.append(helper.make_node("Reshape", [f"{name}_row", f"{name}_shape"], [name]))
+    nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
+    nodes.append(helper.make_node("ReduceMax", ["probabilities", "last"], ["confidence"], keepdims=0))
+    kinds = {"image": TensorProto.UINT8}
+    graph = helper.make_graph(
+        nodes,
+        f"stage{stage}",
+        [helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), s) for n, s in inputs.items()],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs(stage).items()],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def write_bundle(root: Path, **changed_outputs: tuple[int | str, ...]) -> Bundle:
+    """A bundle of those stages; `changed_outputs`: other shapes than the graphs have, for the manifest only."""
+    stages = []
+    for stage, grid in enumerate(GRIDS, start=1):
+        onnx.save(stage_model(stage), root / f"stage{stage}.onnx")
+        inputs = {"image": TensorSpec(dtype="uint8", shape=IMAGE)}
+        inputs |= {name: TensorSpec(dtype="float32", shape=shape) for name, shape in state(stage - 1).items()}
+        named = outputs(stage) | {name: shape for name, shape in changed_outputs.items() if name in outputs(stage)}
+        left = {name: TensorSpec(dtype="float32", shape=shape) for name, shape in named.items()}
+        stages.append(
+            StageSpec.of(root, f"stage{stage}.onnx", inputs=inputs, outputs=left, grid=grid, gmacs=float(stage))
+        )
+    labels = [f"class {number}" for number in range(CLASSES)]
+    write_manifest(root, name="tiny", labels=labels, preprocessing=Preprocessing(SIDE, (SIDE, SIDE)), stages=stages)
+    return Bundle.load(root, need_frontier=False)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(params=["fake", "onnx"])
+def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Engine]:
+    engine: Engine = FakeEngine() if request.param == "fake" else load_engine(bundle)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def images() -> list[Pixels]:
+    return list(np.random.default_rng(0).integers(0, 256, (12, SIDE, SIDE, 3), np.uint8))
+
+
+def first(engine: Engine, images: Sequence[Pixels], threshold: float = STAY) -> StageOutput:
+    return engine.run(StageBatch(1, images, [], [threshold] * len(images)))
+
+
+def then(
+    engine: Engine, stage: int, images: Sequence[Pixels], slots: Sequence[Slot | None], threshold: float = STAY
+) -> StageOutput:
+    return engine.run(StageBatch(stage, images, [s for s in slots if s is not None], [threshold] * len(images)))
+
+
+@dataclass
+class Traces:
+    """What the three stages say, each (stages, B, ...)."""
+
+    probabilities: np.ndarray
+    confidence: np.ndarray
+
+
+def all_stages(engine: Engine, images: Sequence[Pixels]) -> Traces:
+    said = [first(engine, images)]
+    said.append(then(engine, 2, images, said[-1].slots))
+    said.append(then(engine, 3, images, said[-1].slots, LEAVE))
+    return Traces(np.stack([s.probabilities for s in said]), np.stack([s.confidence for s in said]))
+
+
+def test_it_describes_itself(engine: Engine):
+    assert (engine.num_stages, engine.num_classes, engine.input_size) == (3, CLASSES, (SIDE, SIDE))
+    assert len(engine.max_batch_sizes) == 3
+    assert min(engine.max_batch_sizes) >= 1
+
+
+def test_every_stage_gives_one_distribution_and_one_confidence_a_row(engine: Engine, images):
+    said = all_stages(engine, images)
+    assert said.probabilities.shape == (3, 12, CLASSES)
+    assert said.confidence.shape == (3, 12)
+    assert said.probabilities.dtype == said.confidence.dtype == np.float32
+    np.testing.assert_allclose(said.probabilities.sum(axis=-1), 1, atol=1e-5)
+
+
+def test_rows_below_their_threshold_keep_state_and_the_others_leave(engine: Engine, images):
+    confidence = first(engine, images, LEAVE).confidence
+    assert engine.slots_in_use == 0
+    thresholds = [float(np.median(confidence))] * 10 + [LEAVE, STAY]
+    output = engine.run(StageBatch(1, images, [], thresholds))
+    stays = [slot is not None for slot in output.slots]
+    assert stays == [float(c) < t for c, t in zip(confidence, thresholds, strict=True)]
+    assert engine.slots_in_use == sum(stays) > 0
+
+
+def test_a_confidence_equal_to_its_threshold_leaves(engine: Engine, images):
+    confidence = first(engine, images, LEAVE).confidence
+    output = engine.run(StageBatch(1, images, [], confidence.tolist()))
+    assert set(output.slots) == {None}
+
+
+def test_a_later_stage_gives_back_what_it_was_handed(engine: Engine, images):
+    slots = first(engine, images).slots
+    then(engine, 2, images[:4], slots[:4], LEAVE)
+    assert engine.slots_in_use == 8
+    later = then(engine, 2, images[4:], slots[4:]).slots
+    assert engine.slots_in_use == 8
+    assert not set(later) & set(slots), "a slot is never given twice"
+    then(engine, 3, images[4:], later, LEAVE)
+    assert engine.slots_in_use == 0
+
+
+def test_no_answer_depends_on_the_batch_it_came_with(engine: Engine, images):
+    together = all_stages(engine, images)
+    for size in (1, 5):
+        parts = [all_stages(engine, images[start : start + size]) for start in range(0, 12, size)]
+        np.testing.assert_array_equal(np.concatenate([p.probabilities for p in parts], axis=1), together.probabilities)
+        np.testing.assert_array_equal(np.concatenate([p.confidence for p in parts], axis=1), together.confidence)
+
+
+def test_survivors_of_several_batches_go_on_in_any_order(engine: Engine, images):
+    together = all_stages(engine, images)
+    slots = [*first(engine, images[:5]).slots, *first(engine, images[5:]).slots]
+    first(engine, images[::-1], LEAVE)  # what ran in between leaves no trace in kept state
+    order = np.random.default_rng(1).permutation(12)
+    output = then(engine, 2, [images[i] for i in order], [slots[i] for i in order], LEAVE)
+    np.testing.assert_array_equal(output.probabilities, together.probabilities[1][order])
+
+
+def test_freed_slots_are_gone(engine: Engine, images):
+    slots = [slot for slot in first(engine, images).slots if slot is not None]
+    engine.free(slots[:3])
+    assert engine.slots_in_use == 9
+    with pytest.raises(KeyError):
+        engine.free([slots[3], slots[0]])
+    with pytest.raises(KeyError):
+        engine.free([slots[3], slots[3]])
+    assert engine.slots_in_use == 9, "a wrong call frees nothing"
+    engine.free(slots[3:])
+    assert engine.slots_in_use == 0
+
+
+def test_a_run_that_raises_takes_no_slots_and_keeps_those_it_was_handed(engine: Engine, images):
+    slots = first(engine, images[:2]).slots
+    engine.free([slots[1]])
+    with pytest.raises(KeyError):
+        then(engine, 2, images[:2], slots)
+    assert engine.slots_in_use == 1
+    with pytest.raises(Exception):  # noqa: B017, PT011  how an engine says that pixels and state do not match is its own
+        then(engine, 2, images[:2], slots[:1])
+    assert engine.slots_in_use == 1
+    then(engine, 2, images[:1], slots[:1], LEAVE)
+    assert engine.slots_in_use == 0
+
+
+def test_two_threads_run_at_once(engine: Engine, images):
+    together = all_stages(engine, images)
+    with ThreadPoolExecutor(2) as threads:
+        for said in threads.map(lambda _: all_stages(engine, images), range(40)):
+            np.testing.assert_array_equal(said.probabilities, together.probabilities)
+    assert engine.slots_in_use == 0
+
+
+def test_warming_up_leaves_nothing_held(engine: Engine):
+    engine.warm_up()
+    assert engine.slots_in_use == 0
+
+
+# -- ONNX Runtime only
+
+
+def test_batch_sizes_follow_from_the_tokens_unless_they_are_set(bundle: Bundle):
+    assert load_engine(bundle).max_batch_sizes == (16, 16, 16)
+    assert load_engine(bundle, max_batch_sizes=(3, 2, 1)).max_batch_sizes == (3, 2, 1)
+    assert [largest_batch_that_pays(tokens) for tokens in (50, 101, 197)] == [16, 8, 4]
+    with pytest.raises(ValueError, match="batch sizes"):
+        load_engine(bundle, max_batch_sizes=(3, 2))
+
+
+def test_a_stage_that_is_not_a_graph_is_named(tmp_path: Path):
+    bundle = write_bundle(tmp_path)
+    (tmp_path / "stage2.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match=r"stage2\.onnx: cannot be loaded"):
+        load_engine(bundle)
+
+
+def test_a_tensor_of_another_shape_than_the_manifest_says_is_named(tmp_path: Path):
+    bundle = write_bundle(tmp_path, relations2=("B", MAPS, 9, 9))
+    with pytest.raises(BundleError, match=r"stage2\.onnx: output `relations2` is .* the manifest says"):
+        load_engine(bundle)
+
+
+def test_a_tensor_that_the_graph_lacks_is_named(tmp_path: Path):
+    bundle = write_bundle(tmp_path)
+    model = stage_model(3)
+    del model.graph.output[0]
+    onnx.save(model, tmp_path / "stage3.onnx")
+    with pytest.raises(BundleError, match=r"stage3\.onnx: has no output `logits`"):
+        load_engine(bundle)
+    onnx.save(stage_model(3), tmp_path / "stage2.onnx")
+    with pytest.raises(BundleError, match=r"stage2\.onnx: has no input `features1`"):
+        load_engine(bundle)
+
+
+def test_a_graph_of_one_batch_size_is_refused(tmp_path: Path):
+    bundle = write_bundle(tmp_path)
+    model = stage_model(1)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, tmp_path / "stage1.onnx")
+    with pytest.raises(BundleError, match=r"stage1\.onnx: input `image`"):
+        load_engine(bundle)
