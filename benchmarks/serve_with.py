@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.baselines import FixedDelay
+from server.app import create_app
 from server.bundle.manifest import Bundle
 from server.bundle.profile import LatencyProfile
 from server.cascade.scheduler import Policy, deepest_first
@@ -28,7 +29,7 @@ from server.core import Engine, StageBatch, StageOutput
 from server.engines import load_engine
 from server.engines.fake import FakeEngine
 from server.frontend import listener
-from server.service import Service, create_app
+from server.service import Service
 from server.settings import read_settings
 
 SLEEP_BATCH = 32  # largest batch of the engine that sleeps

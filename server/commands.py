@@ -59,11 +59,11 @@ def serve(
 def start(settings: Settings, dry_run: bool) -> None:
     """Build the server and run it. Raises SettingsError, or ClickException for a bundle that cannot be served."""
     # Heavy: kept away from the other commands, and from --help.
+    from server.app import create_app
     from server.bundle.manifest import EMBEDDED, Bundle
     from server.engines import load_engine
     from server.errors import BundleError
     from server.frontend import listener
-    from server.service import create_app
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if settings.log_level != "debug":

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from server.app import create_app
 from server.bundle.frontier import sweep
 from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
 from server.core import Pixels
 from server.engines.fake import FakeEngine
 from server.frontend import listener
-from server.service import Service, create_app
+from server.service import Service
 from server.settings import Settings
 
 GMACS = (0.01, 0.03, 0.08)

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.__main__ import build
+from server.app import create_app
 from server.bundle.manifest import Bundle
 from server.bundle.profile import LatencyProfile, StageCost
 from server.calibration.profiling import as_table, identify, measure, profile_at_start
@@ -23,7 +24,6 @@ from server.core import Engine, StageBatch, StageOutput
 from server.engines import load_engine
 from server.engines.fake import FakeEngine
 from server.errors import BundleError
-from server.service import create_app
 from server.settings import Settings
 
 FIXED = (0.004, 0.002, 0.0)

@@ -15,13 +15,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import commands
+from server.app import create_app
 from server.budget.drift import ENOUGH
 from server.budget.places import place_of
 from server.bundle.manifest import Bundle
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
 from server.frontend import schemas
-from server.service import create_app
 from server.settings import Settings
 
 Photo = Callable[..., bytes]

@@ -210,7 +210,7 @@ SERVER = textwrap.dedent(
     """
     import sys, time
     from server.frontend import listener
-    from server.service import create_app
+    from server.app import create_app
     from server.bundle.manifest import Bundle
     from server.engines.fake import FakeEngine
     from server.settings import Settings

@@ -1,0 +1,96 @@
+"""The application: every path, on a service.
+
+What the paths do stands in `frontend.routes`, what serves them in `service`. Only the command line, tests and
+benchmarks import this module.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+
+from server.bundle.manifest import Bundle
+from server.core import Engine
+from server.errors import ServeError
+from server.frontend import routes, schemas
+from server.frontend.edge import Edge, Endpoint, answer_error, thin
+from server.service import Service
+from server.settings import Settings
+
+
+class ThinRoute(APIRoute):
+    """Documented by FastAPI, run without it: every route reads its own request, so there are no parameters to solve."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.app = thin(self.endpoint)
+
+
+def create_app(
+    settings: Settings, bundle: Bundle, engine: Engine, clock: Callable[[], float] = time.monotonic
+) -> FastAPI:
+    """The application. Its lifespan starts and stops the parts; `app.state.service` has them.
+
+    Blocks for a moment (reads the stored budget). Raises SettingsError.
+    """
+    service = Service(settings, bundle, engine, clock)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            await service.start()
+            yield
+        finally:
+            await service.stop()
+
+    app = schemas.App(
+        title="DVT Serve",
+        version=schemas.CONTRACT,
+        description=schemas.DESCRIPTION,
+        openapi_tags=schemas.TAGS,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+        lifespan=lifespan,
+        exception_handlers={ServeError: answer_error, HTTPException: answer_error},
+    )
+    app.state.service = service
+    app.add_middleware(Edge, metrics=service.metrics, clock=clock, closing=lambda: service.closing)
+    app.router.route_class = ThinRoute
+    for path, method, endpoint, documentation in _table():
+        app.add_api_route(path, endpoint, methods=[method], **documentation)
+    app.mount("/docs/assets", StaticFiles(directory=_swagger_ui()))
+    return app
+
+
+def _table() -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
+    """Every route; the busiest first, as they are tried in order."""
+    return [
+        ("/classify", "POST", routes.classify, schemas.CLASSIFY),
+        ("/budget", "GET", routes.get_budget, schemas.GET_BUDGET),
+        ("/budget", "PUT", routes.put_budget, schemas.PUT_BUDGET),
+        ("/budget/preview", "POST", routes.preview_budget, schemas.PREVIEW_BUDGET),
+        ("/livez", "GET", routes.livez, schemas.LIVEZ),
+        ("/readyz", "GET", routes.readyz, schemas.READYZ),
+        ("/metrics", "GET", routes.get_metrics, schemas.METRICS),
+        ("/frontier", "GET", routes.get_frontier, schemas.FRONTIER),
+        ("/model", "GET", routes.get_model, schemas.MODEL),
+        ("/docs", "GET", routes.docs, {"include_in_schema": False}),
+        ("/openapi.json", "GET", routes.openapi, {"include_in_schema": False}),
+    ]
+
+
+def _swagger_ui() -> Path:
+    from swagger_ui_bundle import swagger_ui_path  # type: ignore[import-untyped]
+
+    return Path(swagger_ui_path)
