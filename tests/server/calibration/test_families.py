@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.server.test_frontier import GMACS, synthetic
+from tests.server.bundle.test_frontier import GMACS, synthetic
 
 from benchmarks.exact import exact_best
 from server.bundle.frontier import budget_area, sweep

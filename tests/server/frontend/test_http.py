@@ -646,7 +646,7 @@ class TestTheRest:
 
     async def test_the_document_is_the_one_in_the_repository(self, served: Any) -> None:
         document = (await served.http.get("/openapi.json")).json()
-        kept = json.loads((Path(__file__).parents[2] / "docs" / "openapi.json").read_text())
+        kept = json.loads((Path(__file__).parents[3] / "docs" / "openapi.json").read_text())
         assert document == kept, REFRESH
 
     async def test_the_document_keeps_to_the_version_that_the_page_renders(self, served: Any) -> None:

@@ -451,7 +451,7 @@ def test_memory_stays_below_the_ceiling_for_bombs_and_for_the_largest_image_allo
         files[-1].write_bytes(data)
     probe = [sys.executable, "-c", MEMORY_PROBE, *map(str, files)]
     # -c puts the working directory first on the path
-    run = subprocess.run(probe, capture_output=True, text=True, timeout=60, check=True, cwd=Path(__file__).parents[2])
+    run = subprocess.run(probe, capture_output=True, text=True, timeout=60, check=True, cwd=Path(__file__).parents[3])
     answers = [line.split() for line in run.stdout.splitlines()]
     assert [answer for answer, _ in answers] == ["image_too_large"] * len(BOMBS) + ["pixels"]
     extra = [int(size) for _, size in answers]
