@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from server.bundle.manifest import Bundle
@@ -22,8 +23,9 @@ from server.core import Engine
 from server.errors import ServeError
 from server.frontend import routes, schemas
 from server.frontend.edge import Edge, Endpoint, answer_error, thin
+from server.frontend.origin import hosts_for
 from server.service import Service
-from server.settings import Settings
+from server.settings import Settings, SettingsError
 
 
 class ThinRoute(APIRoute):
@@ -41,6 +43,10 @@ def create_app(
 
     Blocks for a moment (reads the stored budget). Raises SettingsError.
     """
+    try:
+        hosts = hosts_for(settings.host, settings.allowed_hosts)
+    except ValueError as error:
+        raise SettingsError(f"bad setting DVT_ALLOWED_HOSTS: {error}") from None
     service = Service(settings, bundle, engine, clock)
 
     @asynccontextmanager
@@ -65,10 +71,18 @@ def create_app(
         exception_handlers={ServeError: answer_error, HTTPException: answer_error},
     )
     app.state.service = service
-    app.add_middleware(Edge, metrics=service.metrics, clock=clock, closing=lambda: service.closing)
+    app.add_middleware(Edge, metrics=service.metrics, clock=clock, closing=lambda: service.closing, hosts=hosts)
     app.router.route_class = ThinRoute
+    methods: dict[str, list[str]] = {}
     for path, method, endpoint, documentation in _table():
         app.add_api_route(path, endpoint, methods=[method], **documentation)
+        methods.setdefault(path, []).extend((method, "HEAD") if method == "GET" else (method,))
+        if method == "GET":  # the connection leaves the body out
+            app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+    for path, allowed in methods.items():
+        others = Route(path, routes.other_methods([*allowed, "OPTIONS"]), name=f"{path} otherwise")
+        others.methods = None  # whatever came past the routes above
+        app.router.routes.append(others)
     app.mount("/docs/assets", StaticFiles(directory=_swagger_ui()))
     return app
 

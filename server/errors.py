@@ -1,15 +1,19 @@
 """The one error tree. Every class carries the HTTP status and the code of the contract; one handler maps them.
 
 ServeError
-├── BadImage 400 bad_image            ├── UnsupportedMediaType 415
-├── Unauthorized 401                  ├── InvalidRequest 422
-├── Forbidden 403                     ├── BudgetInfeasible 422
-├── RequestTimeout 408                ├── EngineFailed 500
-├── VersionMismatch 412               ├── Overloaded 503
-├── BodyTooLarge 413                  ├── Draining 503
-├── ImageTooLarge 413                 ├── StoreUnavailable 503
-├── TooManyImages 413                 ├── NotReady 503
-└── InternalError 500                 └── DeadlineExceeded 504
+├── BadRequest 400                    ├── InvalidRequest 422
+├── BadImage 400                      ├── BudgetInfeasible 422
+├── Unauthorized 401                  ├── HeaderTooLarge 431
+├── Forbidden 403                     ├── InternalError 500
+├── ForeignHost 403                   ├── EngineFailed 500
+├── ForeignOrigin 403                 ├── Overloaded 503
+├── RequestTimeout 408                ├── Draining 503
+├── VersionMismatch 412               ├── StoreUnavailable 503
+├── BodyTooLarge 413                  ├── NotReady 503
+├── ImageTooLarge 413                 ├── DeadlineExceeded 504
+├── TooManyImages 413                 └── HttpVersionNotSupported 505
+├── UnsupportedMediaType 415
+└── ExpectationFailed 417
 
 `BundleError` stands apart: it stops the start and never reaches a client.
 """
@@ -32,6 +36,12 @@ class ServeError(Exception):
         self.extra = extra
 
 
+class BadRequest(ServeError):
+    """What is not HTTP, or breaks its rules."""
+
+    status, code, title = 400, "bad_request", "The request is not valid HTTP"
+
+
 class BadImage(ServeError):
     """Raised with reason=...; the route adds index=... (which image of the request)."""
 
@@ -46,8 +56,18 @@ class Forbidden(ServeError):
     status, code, title = 403, "forbidden", "The token is not accepted"
 
 
+class ForeignHost(ServeError):
+    """Against DNS rebinding: a page of elsewhere whose name was made to resolve to this machine."""
+
+    status, code, title = 403, "foreign_host", "The Host is not one of this server's"
+
+
+class ForeignOrigin(ServeError):
+    status, code, title = 403, "foreign_origin", "A page of another origin may not change this server"
+
+
 class RequestTimeout(ServeError):
-    status, code, title = 408, "request_timeout", "The body did not arrive in time"
+    status, code, title = 408, "request_timeout", "The request did not arrive in time"
 
 
 class VersionMismatch(ServeError):
@@ -72,6 +92,10 @@ class UnsupportedMediaType(ServeError):
     status, code, title = 415, "unsupported_media_type", "The media type is not supported"
 
 
+class ExpectationFailed(ServeError):
+    status, code, title = 417, "expectation_failed", "The expectation cannot be met"
+
+
 class InvalidRequest(ServeError):
     status, code, title = 422, "invalid_request", "The request is not valid"
 
@@ -80,6 +104,10 @@ class BudgetInfeasible(ServeError):
     """Raised with feasible={"gmacs": [lo, hi], "accuracy": [lo, hi]}."""
 
     status, code, title = 422, "budget_infeasible", "No operating point reaches this target"
+
+
+class HeaderTooLarge(ServeError):
+    status, code, title = 431, "request_header_too_large", "The header is too large"
 
 
 class EngineFailed(ServeError):
@@ -114,6 +142,10 @@ class NotReady(ServeError):
 
 class DeadlineExceeded(ServeError):
     status, code, title = 504, "deadline_exceeded", "The deadline passed before any exit was reached"
+
+
+class HttpVersionNotSupported(ServeError):
+    status, code, title = 505, "http_version_not_supported", "The version of HTTP is not supported"
 
 
 class BundleError(Exception):

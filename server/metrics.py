@@ -211,6 +211,7 @@ class Metrics:
         *,
         queue_depths: Callable[[], Mapping[int, int]],
         slots_in_use: Callable[[], int],
+        connections: Callable[[], int],
         requests_in_flight: Callable[[], int],
         held_bytes: Callable[[], int],
         budget: Callable[[], BudgetState],
@@ -227,6 +228,7 @@ class Metrics:
         self._live.sources = {
             "queue_depths": queue_depths,
             "slots_in_use": slots_in_use,
+            "connections": connections,
             "requests_in_flight": requests_in_flight,
             "held_bytes": held_bytes,
             "budget": budget,
@@ -310,6 +312,7 @@ class _Live(Collector):
             ),
             ("dvt_arrival_rate", "Images that are asked for in a second, refused or not.", now.get("arrival_rate")),
             ("dvt_slots_in_use", "Images whose reuse state is kept between stages.", now.get("slots_in_use")),
+            ("dvt_connections", "Connections open.", now.get("connections")),
             ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),
             ("dvt_held_bytes", "Bytes of request bodies in memory.", now.get("held_bytes")),
             ("dvt_audits_pending", "Images of answered requests that wait to be audited.", now.get("audits_pending")),

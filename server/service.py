@@ -34,6 +34,7 @@ from server.cascade.scheduler import Scheduler
 from server.core import Engine, ImageResult
 from server.errors import Draining, Overloaded
 from server.frontend.bodies import BodyLimits, Intake
+from server.frontend.connection import ConnectionLimits, Connections
 from server.frontend.decoding import Decoder
 from server.frontend.images import ImageLimits
 from server.metrics import Metrics
@@ -98,8 +99,20 @@ class Service:
         )
         for follow in (self.batcher.retune, self.audit.retune, self.drift.retune):
             self.budget.on_change(follow)
+        self.connections = Connections(
+            ConnectionLimits(
+                max_connections=settings.max_connections,
+                max_header_bytes=settings.max_header_bytes,
+                header_timeout_s=settings.header_timeout_s,
+                keep_alive_timeout_s=settings.keep_alive_timeout_s,
+                body_timeout_s=settings.body_timeout_s,
+                min_body_bytes_per_s=settings.min_body_bytes_per_s,
+                send_timeout_s=settings.send_timeout_s,
+            ),
+            self.metrics.request_refused,
+        )
         self.intake = Intake(settings.max_requests, settings.max_held_bytes)
-        self.body_limits = BodyLimits(settings.max_body_bytes, settings.max_images, settings.body_timeout_s)
+        self.body_limits = BodyLimits(settings.max_body_bytes, settings.max_images)
         limits = ImageLimits(settings.max_pixels, settings.max_aspect, settings.min_side)
         self.decoder = Decoder(
             bundle.preprocessing, limits, settings.decode_threads, settings.max_queued_decodes, clock
@@ -107,6 +120,7 @@ class Service:
         self.metrics.watch(
             queue_depths=lambda: dict(enumerate(self.batcher.load.waiting, start=1)),
             slots_in_use=lambda: engine.slots_in_use,
+            connections=lambda: self.connections.open,
             requests_in_flight=lambda: self.intake.requests,
             held_bytes=lambda: self.intake.held_bytes,
             budget=self.budget.state,

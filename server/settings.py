@@ -6,6 +6,7 @@ that names the setting. Names carry their unit.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,15 @@ def default_state_dir() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "dvt-serve"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether who listens on this address or name is reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        name = host.lower().rstrip(".")
+        return name == "localhost" or name.endswith(".localhost")
+
+
 class Settings(BaseSettings):
     """Frozen. `DVT_<NAME>` in the environment sets `<name>`; arguments (from the command line) win over it."""
 
@@ -72,6 +82,19 @@ class Settings(BaseSettings):
     )
     keep_alive_timeout_s: float = Field(
         75.0, gt=0, le=3600, description="Time for which an idle keep-alive connection stays open."
+    )
+    send_timeout_s: float = Field(
+        30.0, gt=0, le=3600, description="Time for a client to take what was sent; then the connection is dropped."
+    )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        description="Connections open at once; beyond them, who has owed bytes the longest is dropped for a new one.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...] | None, NoDecode] = Field(
+        None,
+        description="What requests may call the server in `Host`, e.g. `dvt.example.org,*.internal,10.0.0.0/8`, `*`; "
+        "by default the names of this machine where it listens on a loopback address, else any.",
     )
 
     # What it serves
@@ -131,6 +154,9 @@ class Settings(BaseSettings):
     timeout_ms: float = Field(1000.0, gt=0, description="Time for an answer where the request names none.")
     max_timeout_ms: float = Field(30_000.0, gt=0, description="Largest `timeout_ms` that a request may name.")
     body_timeout_s: float = Field(30.0, gt=0, le=3600, description="Time for a request body to arrive; then 408.")
+    min_body_bytes_per_s: float = Field(
+        1024.0, ge=0, description="Bytes a second, over five seconds, that a body must come at; else 408."
+    )
     drain_delay_s: float = Field(
         0.0,
         ge=0,
@@ -152,9 +178,14 @@ class Settings(BaseSettings):
     control_token_file: Path | None = Field(
         None, description="File with a bearer token that `PUT /budget` then asks for; by default none is asked."
     )
+    open_control: bool = Field(
+        False,
+        description="Where other machines are let in and no token is set: start all the same, so that whoever reaches "
+        "the server may change its budget.",
+    )
     log_level: str = Field("info", description="One of `debug`, `info`, `warning`, `error`.")
 
-    @field_validator("max_batch_sizes", mode="before")
+    @field_validator("max_batch_sizes", "allowed_hosts", mode="before")
     @classmethod
     def _comma_list(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -192,6 +223,11 @@ class Settings(BaseSettings):
             if low > high:
                 names = f"{PREFIX}{smaller.upper()} ({low:g}), {PREFIX}{larger.upper()} ({high:g})"
                 raise ValueError(f"the first of {names} must not be above the second")
+        if not (is_loopback(self.host) or self.control_token_file or self.open_control):
+            raise ValueError(
+                f"DVT_HOST={self.host} lets other machines in, and whoever reaches it could change the budget: set "
+                "DVT_CONTROL_TOKEN_FILE, or DVT_OPEN_CONTROL=true where that is meant"
+            )
         return self
 
 

@@ -18,7 +18,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.types import Receive
 
-from server.errors import BodyTooLarge, InvalidRequest, Overloaded, RequestTimeout, TooManyImages, UnsupportedMediaType
+from server.errors import BodyTooLarge, InvalidRequest, Overloaded, TooManyImages, UnsupportedMediaType
 from server.frontend.edge import ClientLeft
 
 MULTIPART = "multipart/form-data"
@@ -35,63 +35,76 @@ EncodedImage = tuple[bytes, str | None]  # the file, and the media type that the
 class BodyLimits:
     max_bytes: int
     max_images: int
-    timeout_s: float  # for the whole body
 
 
 class Intake:
-    """Owns the count of requests in the server and of body bytes in memory. Full means refused, at the door."""
+    """Owns the count of requests in the server and of body bytes in memory. Full means refused.
+
+    A request counts when its body is there: who sends slowly takes a connection, and no request's place.
+    """
 
     def __init__(self, max_requests: int, max_held_bytes: int) -> None:
         self.requests = 0
         self.held_bytes = 0
+        self._visits = 0  # requests, and those whose body is on its way
         self._max_requests = max_requests
         self._max_held_bytes = max_held_bytes
         self._idle = asyncio.Event()
         self._idle.set()
 
     def enter(self) -> Visit:
-        """Use it as a context manager. Raises Overloaded."""
-        if self.requests >= self._max_requests:
-            raise Overloaded(f"{self.requests} requests are in the server already", retry_after_s=1)
-        self.requests += 1
+        """A request whose header is there. Use it as a context manager."""
+        self._visits += 1
         self._idle.clear()
         return Visit(self)
 
     async def wait_idle(self) -> None:
-        """Until no request is in the server."""
+        """Until no request is in the server, nor on its way into it."""
         await self._idle.wait()
+
+    def _begin(self) -> None:
+        if self.requests >= self._max_requests:
+            raise Overloaded(f"{self.requests} requests are in the server already", retry_after_s=1)
+        self.requests += 1
 
     def _take(self, size: int) -> None:
         if self.held_bytes + size > self._max_held_bytes:
             raise Overloaded("request bodies fill the memory that is set aside for them", retry_after_s=1)
         self.held_bytes += size
 
-    def _leave(self, size: int) -> None:
-        self.held_bytes -= size
-        self.requests -= 1
-        if self.requests == 0:
+    def _leave(self, held: int, began: bool) -> None:
+        self.held_bytes -= held
+        self.requests -= began
+        self._visits -= 1
+        if self._visits == 0:
             self._idle.set()
 
 
 class Visit:
     """One request's share of the intake."""
 
-    __slots__ = ("_held", "_intake")
+    __slots__ = ("_began", "_held", "_intake")
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
         self._held = 0
+        self._began = False
 
     def __enter__(self) -> Visit:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._intake._leave(self._held)
+        self._intake._leave(self._held, self._began)
 
     def hold(self, size: int) -> None:
         """Raises Overloaded where the memory set aside for bodies is full."""
         self._intake._take(size)
         self._held += size
+
+    def begin(self) -> None:
+        """The body is there. Raises Overloaded where as many requests as may be are in the server."""
+        self._intake._begin()
+        self._began = True
 
 
 async def read_images(
@@ -104,7 +117,8 @@ async def read_images(
     """The images of a request, in order, from any of the three body forms.
 
     `hold` is told of every byte that stays in memory. `in_thread(function, *arguments)` runs what would block.
-    Raises UnsupportedMediaType, BodyTooLarge, TooManyImages, RequestTimeout, Overloaded, InvalidRequest or ClientLeft.
+    Raises UnsupportedMediaType, BodyTooLarge, TooManyImages, Overloaded, InvalidRequest or ClientLeft, and what
+    `connection.Exchange.receive` raises.
     """
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
@@ -144,7 +158,8 @@ async def _read(
     hold: Callable[[int], None],
     take: Callable[[bytes], None],
 ) -> None:
-    """Give the body to `take` as it comes: at most `max_bytes`, for at most `timeout_s`, never in an encoding."""
+    """Give the body to `take` as it comes: at most `max_bytes`, never in an encoding. How long it may take is the
+    connection's to say."""
     encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
     if encoding not in ("", "identity"):
         raise UnsupportedMediaType(f"Content-Encoding {encoding[:40]!r} is not taken: send the body as it is")
@@ -152,26 +167,19 @@ async def _read(
     if stated.isdecimal() and int(stated) > limits.max_bytes:
         raise BodyTooLarge(f"{stated} bytes are stated, {limits.max_bytes} are allowed", max_bytes=limits.max_bytes)
     received = 0
-    deadline = asyncio.timeout(limits.timeout_s)
-    try:
-        async with deadline:
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeft
-                chunk: bytes = message.get("body", b"")
-                received += len(chunk)
-                if received > limits.max_bytes:
-                    raise BodyTooLarge(f"More than {limits.max_bytes} bytes", max_bytes=limits.max_bytes)
-                if chunk:
-                    hold(len(chunk))
-                    take(chunk)
-                if not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        if not deadline.expired():
-            raise
-        raise RequestTimeout(f"The body was not complete after {limits.timeout_s:g} s") from None
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        chunk: bytes = message.get("body", b"")
+        received += len(chunk)
+        if received > limits.max_bytes:
+            raise BodyTooLarge(f"More than {limits.max_bytes} bytes", max_bytes=limits.max_bytes)
+        if chunk:
+            hold(len(chunk))
+            take(chunk)
+        if not message.get("more_body", False):
+            return
 
 
 class _Parts:

@@ -1,12 +1,11 @@
 """The outermost layer of the application: request ids, errors as problem documents, the record of every request.
 
-Pure ASGI, as it runs for every request. Three promises are kept here, whatever happens further in:
+Pure ASGI, as it runs for every request. Two promises are kept here, whatever happens further in:
 
 - every answer carries `X-Request-ID`;
-- every error is an `application/problem+json` document (RFC 9457), never a stack trace;
-- a client that is refused before its body was read gets to read the answer. Closing a connection with unread bytes
-  resets it, which can destroy the answer on its way; so the answer is sent, and then the rest of the body is taken in
-  and thrown away for a short time (nginx calls it lingering close).
+- every error is an `application/problem+json` document (RFC 9457), never a stack trace.
+
+What a connection promises stands in `connection`.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import Draining, InternalError, Overloaded, ServeError
+from server.frontend.origin import AllowedHosts, foreign_host
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 PROBLEM = "application/problem+json"
-LINGER_S = 2.0  # long enough for a client that reads while it sends; short enough not to be a way to hold connections
 HUNG_UP = 499  # nginx's number for a client that left; only ever seen in metrics
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}\Z")
@@ -52,59 +51,58 @@ class ClientLeft(Exception):
 class Edge:
     """ASGI middleware. While `closing()` says that connections should wind down, answers carry `Connection: close`."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, clock: Callable[[], float], closing: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        closing: Callable[[], bool],
+        hosts: AllowedHosts,
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._clock = clock
         self._closing = closing
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = self._clock()
-        request_id, body_pending = _read_headers(scope)
+        request_id, host = _read_headers(scope)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         status = 0
-
-        async def receive_() -> Message:
-            nonlocal body_pending
-            message = await receive()
-            if not message.get("more_body", False):
-                body_pending = False  # all of it is there, or the client is gone
-            return message
 
         async def send_(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = [*message["headers"], (b"x-request-id", request_id.encode())]
-                if body_pending or self._closing():
+                if self._closing():
                     headers.append((b"connection", b"close"))
-                await send({"type": "http.response.start", "status": status, "headers": headers})
-            elif body_pending and not message.get("more_body", False):
-                await send({"type": "http.response.body", "body": message.get("body", b""), "more_body": True})
-                await _take_in_the_rest(receive_)
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-            else:
-                await send(message)
+                message = {"type": "http.response.start", "status": status, "headers": headers}
+            await send(message)
 
         try:
-            await self._app(scope, receive_, send_)
+            if host not in self._hosts:
+                await problem(foreign_host(host), state)(scope, receive, send_)
+            else:
+                await self._app(scope, receive, send_)
         except ClientLeft:
             status = HUNG_UP
         except asyncio.CancelledError:
             # Cancelled from outside. When the server ends that is the drain timeout, and still answered.
             if status or not self._closing():
                 raise
-            await problem(Draining("The server stopped before an answer"), state)(scope, receive_, send_)
+            await problem(Draining("The server stopped before an answer"), state)(scope, receive, send_)
         except Exception:
             log.exception("request %s failed", request_id)
             if status:  # half an answer is out: only a broken connection tells the client so
                 raise
             await problem(InternalError("The server failed; see its log under this request id"), state)(
-                scope, receive_, send_
+                scope, receive, send_
             )
         finally:
             route = scope.get("route")
@@ -163,27 +161,16 @@ def new_request_id() -> str:
     return f"{_PROCESS}{next(_count):012x}"
 
 
-def _read_headers(scope: Scope) -> tuple[str, bool]:
-    """The request id, taken or made, and whether a body is on its way."""
-    request_id, body = None, False
+def _read_headers(scope: Scope) -> tuple[str, str]:
+    """The request id, taken or made, and the Host."""
+    request_id, host = None, ""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             if _REQUEST_ID.match(value):
                 request_id = value.decode("ascii")
-        elif name == b"content-length":
-            body = value != b"0"
-        elif name == b"transfer-encoding":
-            body = True
-    return request_id or new_request_id(), body
-
-
-async def _take_in_the_rest(receive: Receive) -> None:
-    try:
-        async with asyncio.timeout(LINGER_S):
-            while (await receive()).get("more_body", False):
-                pass
-    except TimeoutError:
-        pass
+        elif name == b"host":
+            host = value.decode("latin-1")
+    return request_id or new_request_id(), host
 
 
 class WhileConnected:

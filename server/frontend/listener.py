@@ -1,4 +1,4 @@
-"""The socket: uvicorn with our own protocol limits, signals and end.
+"""The socket: uvicorn with our own connections, signals and end.
 
 Stopping is a sequence. SIGTERM: not ready -> keep serving for the drain delay -> no new work -> drain -> stop to
 accept -> answer what came in meanwhile -> close the engine. SIGINT (Ctrl-C) skips the delay; a second signal skips
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -22,11 +23,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.frontend.edge import LINGER_S, PROBLEM, new_request_id
+from server.frontend.connection import LINGER_S, Connection
 from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -66,105 +65,6 @@ def bind(settings: Settings) -> socket.socket:
 def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-class Connection(HttpToolsProtocol):
-    """One connection: uvicorn's, with bounds on the header's size and on the time it may take to come.
-
-    uvicorn waits for ever for the rest of a header, or for a first byte. `max_header_bytes` and `header_timeout_s` are
-    set by `make_server`.
-    """
-
-    max_header_bytes = 65536
-    header_timeout_s = 10.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._header_bytes = 0
-        self._header_timer: asyncio.TimerHandle | None = None
-        self._await_header()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._header_came()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        # Only chunks that come wholly while a header is awaited are counted: what precedes it may be a body's end.
-        awaited = self._in_header
-        super().data_received(data)
-        if awaited and self._in_header:
-            self._header_bytes += len(data)
-            if self._header_bytes > self.max_header_bytes:
-                self._refuse(
-                    431, "request_header_too_large", f"The header is larger than {self.max_header_bytes} bytes"
-                )
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._header_bytes = 0
-        self._await_header()
-
-    def on_headers_complete(self) -> None:
-        self._header_came()
-        super().on_headers_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        """What is no HTTP at all; uvicorn would answer in plain text."""
-        self._refuse(400, "bad_request", msg)
-
-    @property
-    def _in_header(self) -> bool:
-        return self._header_timer is not None
-
-    def _await_header(self) -> None:
-        if self._header_timer is None:
-            self._header_timer = self.loop.call_later(self.header_timeout_s, self._header_is_late)
-
-    def _header_came(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-
-    def _header_is_late(self) -> None:
-        self._header_timer = None
-        if self.scope is None:  # not one byte of a request: there is nothing to answer
-            self.transport.close()
-        elif self._answering:  # a pipelined header may be late for as long as the answer before it takes
-            self._await_header()
-        else:
-            self._refuse(408, "request_timeout", f"The header was not complete after {self.header_timeout_s:g} s")
-
-    @property
-    def _answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _refuse(self, status: int, code: str, detail: str) -> None:
-        """Answer outside of the application, and close. The answers to earlier requests go first."""
-        if self.transport.is_closing():
-            return
-        self._header_came()
-        if self._answering:
-            self.cycle.keep_alive = False
-            self.flow.pause_reading()
-            return
-        request_id = new_request_id()
-        phrase = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}[status]
-        body = orjson.dumps(
-            {
-                "type": f"urn:dvt-serve:problem:{code}",
-                "title": phrase,
-                "status": status,
-                "detail": detail,
-                "code": code,
-                "request_id": request_id,
-            }
-        )
-        head = (
-            f"HTTP/1.1 {status} {phrase}\r\ncontent-type: {PROBLEM}\r\ncontent-length: {len(body)}\r\n"
-            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -253,14 +153,11 @@ def _take_no_more(listener: socket.socket) -> None:
 def make_server(app: FastAPI, settings: Settings, started: Callable[[], None] = lambda: None) -> Server:
     """`started` is called once connections are accepted."""
 
-    class Bounded(Connection):
-        max_header_bytes = settings.max_header_bytes
-        header_timeout_s = settings.header_timeout_s
-
+    service: Service = app.state.service
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=Bounded,
+        http=functools.partial(Connection, service.connections),  # type: ignore[arg-type]  # called like a class
         ws="none",
         lifespan="on",
         log_config=None,
@@ -268,10 +165,9 @@ def make_server(app: FastAPI, settings: Settings, started: Callable[[], None] = 
         proxy_headers=False,
         server_header=False,
         backlog=settings.backlog,
-        timeout_keep_alive=int(max(1, settings.keep_alive_timeout_s)),
         timeout_graceful_shutdown=int(LINGER_S) + 1,
     )
-    return Server(config, app.state.service, started)
+    return Server(config, service, started)
 
 
 def run(app: FastAPI, settings: Settings, listener: socket.socket, started: Callable[[], None] = lambda: None) -> bool:

@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import orjson
 from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -30,12 +31,13 @@ from server.cascade.scheduler import HIGH, LOW, NORMAL, Priority
 from server.core import Answer, ImageResult, Pixels
 from server.errors import Forbidden, InvalidRequest, NotReady, Unauthorized, VersionMismatch
 from server.frontend.bodies import BodyLimits, read_images, read_json
-from server.frontend.edge import WhileConnected
+from server.frontend.edge import Endpoint, WhileConnected
+from server.frontend.origin import check_origin
 
 if TYPE_CHECKING:
     from server.service import Service
 
-_BUDGET_LIMITS = BodyLimits(max_bytes=16 * 1024, max_images=0, timeout_s=10.0)
+_BUDGET_LIMITS = BodyLimits(max_bytes=16 * 1024, max_images=0)
 PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "low": LOW}
 
 
@@ -133,6 +135,7 @@ async def classify(request: Request) -> Response:
         encoded = await read_images(
             dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold, service.decoder.run
         )
+        visit.begin()
         service.note_arrival(len(encoded), ask.timeout_s)
         service.check_queue()
         arrived = clock()
@@ -218,6 +221,7 @@ async def get_budget(request: Request) -> Response:
 
 async def put_budget(request: Request) -> Response:
     service = _service(request)
+    check_origin(dict(request.scope["headers"]))
     _authorise(request, service.control_token)
     target, hold, mix = await _read_target(request)
     if_match = _if_match(request.headers.get("if-match"), service.budget.point.version)
@@ -306,6 +310,18 @@ async def readyz(request: Request) -> Response:
 
 async def get_metrics(request: Request) -> Response:
     return Response(_service(request).metrics.render(), headers={"content-type": metrics.CONTENT_TYPE})
+
+
+def other_methods(allowed: Sequence[str]) -> Endpoint:
+    """The endpoint of a path for the methods that no route of it takes."""
+    allow = ", ".join(allowed)
+
+    async def answer(request: Request) -> Response:
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": allow})
+        raise HTTPException(405, headers={"allow": allow})
+
+    return answer
 
 
 async def docs(_: Request) -> Response:

@@ -116,7 +116,7 @@ def serve(bundle: Bundle, engine: FakeEngine) -> Serve:
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://dvt") as http,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
         ):
             await http.put("/budget", json={"thresholds": [0.5, 0.5]})
             yield Served(app.state.service, http)
@@ -154,7 +154,13 @@ class Line:
     def send(self, body: bytes, *headers: str, path: str = "/classify", cut: int | None = None) -> None:
         """Send a POST, or only its first `cut` bytes."""
         head = "\r\n".join(
-            [f"POST {path} HTTP/1.1", "Host: dvt", "Content-Type: image/png", f"Content-Length: {len(body)}", *headers]
+            [
+                f"POST {path} HTTP/1.1",
+                "Host: localhost",
+                "Content-Type: image/png",
+                f"Content-Length: {len(body)}",
+                *headers,
+            ]
         )
         self.writer.write((head.encode() + b"\r\n\r\n" + body)[:cut])
 

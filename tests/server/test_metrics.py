@@ -90,6 +90,7 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
     metrics.watch(
         queue_depths=lambda: {1: 5, 2: 0, 3: 2},
         slots_in_use=lambda: slots,
+        connections=lambda: 2,
         requests_in_flight=lambda: 7,
         held_bytes=lambda: 100,
         budget=lambda: state(
@@ -137,6 +138,7 @@ def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
     metrics.watch(
         queue_depths=dict,
         slots_in_use=lambda: 0,
+        connections=lambda: 2,
         requests_in_flight=lambda: 0,
         held_bytes=lambda: 0,
         budget=lambda: state({"thresholds": [0.9, 0.7]}),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.server.bundle.test_frontier import GMACS, synthetic
 
 from benchmarks.exact import exact_best
 from server.bundle.frontier import budget_area, sweep
 from server.calibration.families import genetic, geometric
+from tests.server.bundle.test_frontier import GMACS, synthetic
 
 
 def test_the_geometric_family_moves_from_the_first_exit_to_the_last_and_never_beats_the_frontier() -> None:

@@ -162,7 +162,7 @@ async def test_while_it_leaves_it_serves_and_is_not_ready(listening: Any, photo:
         answer = await first.answer()
         assert (answer.status, answer.headers["connection"]) == (200, "close")
         probe = await here.connect()
-        probe.writer.write(b"GET /readyz HTTP/1.1\r\nHost: dvt\r\n\r\n")
+        probe.writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert (await probe.answer()).code == "not_ready"
         await here.task
 

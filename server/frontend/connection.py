@@ -1,0 +1,762 @@
+"""One HTTP/1.1 connection: everything that a client may do to a socket is answered for here, and nowhere else.
+
+`docs/connection.md` lists the promises. h11 parses, one parser a request; what it is lenient in, and all bounds of size
+and time, stand in this module. The application sees a request when its header is there, and the body as it asks for it.
+
+Theory of operation
+- A connection does one thing at a time. It waits for a header, or it has an `Exchange`: one request and its answer.
+  Bytes that come meanwhile are kept, up to a header's size, and reading stops until they are needed; so a client that
+  pipelines costs what one does that waits.
+- A pipelined request begins in the turn of a queue that all connections share, one a loop iteration. Whoever sends a
+  thousand at once waits for everybody else's next one.
+- Whenever the client owes bytes (a header, a body, or to take an answer), a timer runs, and the connection stands in
+  the line of those that may be given up for a newcomer when there are too many, the longest wait first.
+- What is wrong with a body is raised where the application reads it (`receive`), and answered like any other error.
+- A client may shut its sending side down behind a request and still read (RFC 9112, 9.6); one that has gone away looks
+  the same. They are told apart by an interim answer, `100 Continue`, which everybody must be able to skip (RFC 9110,
+  15.2): whoever has gone resets the connection. An answer that is quick comes before the first of those.
+- An answer that ends a connection is not lost to bytes that the client still sends: our side is shut down first, and
+  what comes is thrown away for a while (nginx calls it lingering close).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote
+
+import h11
+from starlette.types import ASGIApp, Message
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from server.errors import (
+    BadRequest,
+    ExpectationFailed,
+    HeaderTooLarge,
+    HttpVersionNotSupported,
+    Overloaded,
+    RequestTimeout,
+    ServeError,
+)
+from server.frontend.edge import new_request_id, problem
+
+log = logging.getLogger(__name__)
+
+LINGER_S = 2.0  # long enough for a client that reads while it sends; short enough not to be a way to hold connections
+BODY_WINDOW_S = 5.0  # over which a body's rate is judged: a lost packet or two are no slow client
+MAX_HEADERS = 128
+_MAX_UNREAD = 256 * 1024  # bytes of a body that the application has not asked for yet
+_HIGH_WATER = 32 * 1024  # bytes of answers that the socket does not take: more, and nothing new begins
+_EVENTS_A_TURN = 256  # of a body's chunks, each some 10 us: then the loop sees to others
+_FREE_CHUNKS = 1024
+_MEAN_CHUNK = 64  # bytes; beyond the free ones, smaller chunks cost more than they bring
+_FIRST_PROBE_S = 0.025  # of a client that shut its side down; twice as long for every further one
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/([0-9]\.[0-9])\r\n")
+# RFC 9110, 7.2 and RFC 3986, 3.2.2: a name, an IPv4 or an IPv6 address, and a port.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?\Z")
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)\Z", re.IGNORECASE)
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus if status >= 200
+}
+_CLOSE_WAIT = 8  # of Linux's tcp_info: the other side has sent all that it will
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    max_connections: int
+    max_header_bytes: int
+    header_timeout_s: float
+    keep_alive_timeout_s: float
+    body_timeout_s: float
+    min_body_bytes_per_s: float
+    send_timeout_s: float
+
+
+class Connections:
+    """What all connections of a server share: their bounds, who owes bytes, and whose pipelined request is next."""
+
+    def __init__(self, limits: ConnectionLimits, refused: Callable[[str], None]) -> None:
+        """`refused` is told the code of every refusal that the application does not see."""
+        self.limits = limits
+        self.refused = refused
+        self.open = 0
+        self._owing: dict[Connection, None] = {}  # clients that owe bytes, the longest wait first
+        self._turns: deque[Connection] = deque()
+
+    def enter(self) -> bool:
+        """False where there is no room, even if the client that has let us wait longest were given up."""
+        if self.open >= self.limits.max_connections:
+            slowest = next(iter(self._owing), None)
+            if slowest is None:
+                return False
+            slowest.give_up()
+        self.open += 1
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        self.open -= 1
+        self.owes(connection, False)
+
+    def owes(self, connection: Connection, owes: bool) -> None:
+        if owes:
+            self._owing[connection] = None  # who is in it keeps the place
+        else:
+            self._owing.pop(connection, None)
+
+    def take_turn(self, connection: Connection) -> None:
+        """Let the connection begin its next request when it is its turn."""
+        self._turns.append(connection)
+        if len(self._turns) == 1:
+            connection.loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        connection = self._turns.popleft()
+        if self._turns:
+            connection.loop.call_soon(self._next_turn)
+        connection.turn()
+
+
+class Connection(asyncio.Protocol):
+    """The bytes of one connection. uvicorn's server makes one for each that is accepted."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self.loop = _loop or asyncio.get_running_loop()
+        self.app: ASGIApp = config.loaded_app
+        self.app_state = app_state
+        self.server_state = server_state
+        self.limits = connections.limits
+        self._connections = connections
+        self._counted = False  # by `connections`
+        self._buffer = bytearray()  # what came and belongs to no request yet
+        self._searched = 0  # so many bytes of it were looked at, and do not end a header
+        self._exchange: Exchange | None = None
+        self._idle = False  # after an answer, before the first byte of the next request
+        self._queued = False  # for the turn to begin a pipelined request
+        self._reading = True
+        self._ended = False  # the client has shut its side down
+        self._closing = False  # behind the answer that is being made
+        self._lingers = False
+        self._patience: asyncio.TimerHandle | None = None  # with a client that owes us a header, or the end
+        self._send_timer: asyncio.TimerHandle | None = None
+        self._probe: asyncio.TimerHandle | None = None
+        self._blocked: asyncio.Future[None] | None = None  # while the client takes no more
+
+    # -- the transport's calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a socket's
+        self.transport = transport
+        transport.set_write_buffer_limits(_HIGH_WATER)
+        self.client = _address(transport.get_extra_info("peername"))
+        self.server = _address(transport.get_extra_info("sockname"))
+        self.server_state.connections.add(self)  # type: ignore[arg-type]  # uvicorn expects its own classes
+        self._counted = self._connections.enter()
+        if self._counted:
+            self._await_header(self.limits.header_timeout_s)
+        else:
+            self._refuse(Overloaded(f"{self._connections.open} connections are open", retry_after_s=1))
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # it makes no difference why
+        self.resume_writing()
+        self.server_state.connections.discard(self)
+        if self._counted:
+            self._counted = False
+            self._connections.leave(self)
+        for timer in (self._patience, self._send_timer, self._probe):
+            if timer is not None:
+                timer.cancel()
+        self._buffer.clear()
+        if self._exchange is not None:
+            self._exchange.hung_up()
+            self._exchange = None
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self._exchange
+        if self._lingers:
+            return
+        if exchange is not None and not exchange.complete:
+            exchange.feed(data)
+            return
+        if not self._buffer and exchange is None:
+            # Empty lines before a request are skipped (RFC 9112, 2.2). They are no sign of life: all timers run on.
+            data = data.lstrip(b"\r\n")
+        self._buffer += data
+        if exchange is None and not self._queued:
+            self._begin()
+        elif len(self._buffer) > self.limits.max_header_bytes:
+            self.pause_reading()
+
+    def eof_received(self) -> bool:
+        """The client has sent all that it will. It may still read: True keeps our side open."""
+        self._ended = True
+        if self._lingers:
+            return False
+        if self._exchange is None:
+            return self._queued or self._blocked is not None  # what came whole is still answered
+        if not self._exchange.complete:
+            self._exchange.hung_up()  # nobody knows what it wanted to ask
+            return False
+        self._probe_later(_FIRST_PROBE_S)
+        return True
+
+    def pause_writing(self) -> None:
+        self._blocked = self.loop.create_future()
+        if self._send_timer is None:
+            self._send_timer = self.loop.call_later(self.limits.send_timeout_s, self.transport.abort)
+        self._connections.owes(self, True)
+
+    def resume_writing(self) -> None:
+        blocked, self._blocked = self._blocked, None
+        if blocked is not None and not blocked.done():
+            blocked.set_result(None)
+        if blocked is None or self.transport.is_closing():
+            return
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+        if self._exchange is None:
+            self._await_next()
+        elif self._exchange.complete:
+            self._connections.owes(self, False)
+
+    # -- a request begins and ends
+
+    def turn(self) -> None:
+        """Begin the pipelined request that was queued for."""
+        self._queued = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Read the next header from what is there, and let the application answer it."""
+        if self._blocked is not None or self._lingers or self.transport.is_closing():
+            return  # who does not take answers gets no more of them
+        try:
+            header = self._next_header()
+            if header is None:
+                if self._ended or (self._closing and not self._buffer):
+                    self.close()
+                elif self._buffer and self._idle:
+                    self._idle = False
+                    self._await_header(self.limits.header_timeout_s)
+                return
+            exchange = Exchange.of(self, header)
+        except ServeError as error:
+            self._refuse(error)
+            return
+        self._exchange = exchange
+        self._idle = False
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        body, self._buffer = bytes(self._buffer), bytearray()
+        exchange.feed(body)
+        exchange.start()
+        if self._ended:
+            if exchange.complete:
+                self._probe_later(_FIRST_PROBE_S)
+            else:
+                self.close()
+
+    def body_is_there(self, rest: bytes) -> None:
+        """`rest`: what came behind it."""
+        self._connections.owes(self, False)
+        self._buffer += rest
+        if len(self._buffer) > self.limits.max_header_bytes:
+            self.pause_reading()
+
+    def answered(self, keep_alive: bool) -> None:
+        """The answer of the exchange is out. Go on, or end the connection without losing it."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            return
+        if self._probe is not None:
+            self._probe.cancel()
+            self._probe = None
+        self.server_state.total_requests += 1
+        if not keep_alive or self._closing:
+            self._end(clean=exchange.complete and not self._buffer)
+            return
+        self.resume_reading()
+        self._await_next()
+
+    def _await_next(self) -> None:
+        self._buffer = self._buffer.lstrip(b"\r\n")
+        self._idle = not self._buffer
+        self._await_header(self.limits.keep_alive_timeout_s if self._idle else self.limits.header_timeout_s)
+        if (self._buffer or self._ended) and not self._queued:
+            self._queued = True
+            self._connections.take_turn(self)
+
+    def _end(self, clean: bool) -> None:
+        """Close. `clean`: nothing that the client has sent is unread, so that no reset can overtake the answer."""
+        if clean or self._ended:
+            self.close()
+        elif not self.transport.is_closing():
+            self._lingers = True
+            self._buffer.clear()
+            self.resume_reading()
+            self._wait(LINGER_S, self.close)
+            self._connections.owes(self, True)
+            self.transport.write_eof()
+
+    def close(self) -> None:
+        """Close, behind what is still to be sent, for which the client has `send_timeout_s`."""
+        if self._patience is not None:
+            self._patience.cancel()
+        if self.transport.get_write_buffer_size() and self._send_timer is None:
+            self._send_timer = self.loop.call_later(self.limits.send_timeout_s, self.transport.abort)
+        self.transport.close()
+
+    def give_up(self) -> None:
+        """Make room: this client has let us wait longer than all others."""
+        self._counted = False
+        self._connections.leave(self)
+        self._connections.refused("connection_given_up")
+        self.transport.abort()
+
+    def shutdown(self) -> None:
+        """uvicorn asks every connection to end: now where there is no request, else behind its answer."""
+        self._closing = True
+        if self._exchange is None and (self._lingers or b"\r\n\r\n" not in self._buffer):
+            self.close()
+
+    # -- what an exchange asks of its connection
+
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
+    def write(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    async def drain(self) -> None:
+        """Until the client takes more."""
+        if self._blocked is not None:
+            await asyncio.shield(self._blocked)
+
+    def pause_reading(self) -> None:
+        if self._reading and not self._ended and not self.transport.is_closing():
+            self._reading = False
+            self.transport.pause_reading()
+            if self._exchange is not None and self._exchange.complete:
+                self._probe_later(_FIRST_PROBE_S)  # the client's end would go unnoticed behind what is not read
+
+    def resume_reading(self) -> None:
+        if not self._reading:
+            self._reading = True
+            if not self._ended and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    # -- waiting
+
+    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        self._patience = self.loop.call_later(seconds, then)
+
+    def _await_header(self, seconds: float) -> None:
+        self._wait(seconds, self._header_is_late)
+        self._connections.owes(self, True)
+
+    def _header_is_late(self) -> None:
+        if self._blocked is not None:
+            return  # the time to send judges this client
+        if self._buffer:
+            seconds = self.limits.header_timeout_s
+            self._refuse(RequestTimeout(f"The header was not complete after {seconds:g} s"))
+        else:  # not one byte of a request: there is nothing to answer
+            self.close()
+
+    def _probe_later(self, seconds: float) -> None:
+        if self._probe is None:
+            self._probe = self.loop.call_later(seconds, self._is_anybody_there, seconds)
+
+    def _is_anybody_there(self, waited: float) -> None:
+        """Where the client has sent its end, provoke a reset if it is gone; look again later."""
+        self._probe = None
+        exchange = self._exchange
+        if exchange is not None and exchange.may_be_probed:
+            if self._ended or _has_sent_its_end(self.transport):
+                self.write(_CONTINUE)
+            self._probe_later(2 * waited)
+
+    # -- headers
+
+    def _next_header(self) -> bytes | None:
+        """A whole header, taken from the buffer. None where its end is not there yet. Raises ServeError."""
+        buffer, most = self._buffer, self.limits.max_header_bytes
+        found = buffer.find(b"\r\n\r\n", max(0, self._searched - 3))
+        if (len(buffer) if found < 0 else found + 4) > most:
+            raise HeaderTooLarge(f"The header is larger than {most} bytes")
+        if found >= 0:
+            header = bytes(buffer[: found + 4])
+            del buffer[: found + 4]
+            self._searched = 0
+            _check_lines(header)
+            return header
+        # What can never become a request is refused now: a TLS handshake, HTTP/0.9, lines that end in a bare LF.
+        if buffer and buffer[0] <= 0x20:
+            raise BadRequest("This is not HTTP/1.1")
+        if buffer.find(b"\n", self._searched) >= 0:
+            _check_lines(bytes(buffer))
+        self._searched = len(buffer)
+        return None
+
+    def _refuse(self, error: ServeError) -> None:
+        """Answer outside of the application, and close."""
+        if self.transport.is_closing() or self._lingers:
+            return
+        self._connections.refused(error.code)
+        request_id = new_request_id()
+        response = problem(error, {"request_id": request_id})
+        headers = [*response.raw_headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
+        head = _head_of(response.status_code, [*self.server_state.default_headers, *headers])
+        self.write(head + bytes(response.body))
+        self._end(clean=not self._counted)  # those that are not counted do not stay either
+
+
+class Exchange:
+    """One request and its answer, as ASGI has them: `receive` and `send` are the application's."""
+
+    @classmethod
+    def of(cls, connection: Connection, header: bytes) -> Exchange:
+        """Parse a header. Raises BadRequest, ExpectationFailed."""
+        parser = h11.Connection(h11.SERVER, connection.limits.max_header_bytes)
+        parser.receive_data(header)
+        try:
+            request = parser.next_event()
+        except h11.RemoteProtocolError as error:
+            raise BadRequest(f"The header is not valid: {error}") from None
+        assert isinstance(request, h11.Request)
+        return cls(connection, parser, request)
+
+    def __init__(self, connection: Connection, parser: h11.Connection, request: h11.Request) -> None:
+        self._connection = connection
+        self._parser = parser
+        headers = list(request.headers)
+        given = dict(headers)
+        self._http_10 = request.http_version == b"1.0"
+        if b"transfer-encoding" in given and (b"content-length" in given or self._http_10):
+            raise BadRequest("A body has a Content-Length or, in HTTP/1.1, a Transfer-Encoding; not both")
+        if b"expect" in given and not self._http_10 and given[b"expect"].lower() != b"100-continue":
+            raise ExpectationFailed("Expect: 100-continue is the only expectation that there is")
+        self._scope = _scope_of(request, headers, given.get(b"host", b""), connection)
+        self._head_only = request.method == b"HEAD"
+        options = {
+            option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")
+        }
+        self._keep_alive = not self._http_10 and b"close" not in options
+
+        self.complete = False  # all of the request has come
+        self._chunks: list[bytes] = []  # of the body, not read yet
+        self._unread = 0  # bytes of them
+        self._received = 0  # bytes of the body
+        self._chunk_count = 0
+        self._read_all = False  # the application has
+        self._error: ServeError | None = None  # what is wrong with the body
+        self._gone = False
+        self._news: asyncio.Future[None] | None = None  # `receive` waits for it
+        self._timer: asyncio.TimerHandle | None = None  # while the body comes
+        self._more: asyncio.Handle | None = None  # events that are left for the loop's next turn
+
+        self._began = self._answered = False
+        self._head: bytes | None = None  # of the answer, until its body comes
+        self._bodiless = self._chunked = False
+        self._left: int | None = None  # bytes of the answer's body that are to come
+
+    # -- the request
+
+    def feed(self, data: bytes) -> None:
+        """Take in what came behind the header."""
+        if self._error is not None:
+            return
+        if data:
+            self._parser.receive_data(data)
+        if self._more is None:
+            self._take_events()
+
+    def _take_events(self) -> None:
+        self._more = None
+        try:
+            for _ in range(_EVENTS_A_TURN):
+                event = self._parser.next_event()
+                if event is h11.NEED_DATA:
+                    self._await_body()
+                    return
+                if isinstance(event, h11.EndOfMessage):  # whose trailers are dropped: nobody has a use for them
+                    self.complete = True
+                    self._stop_timer()
+                    self._connection.body_is_there(self._parser.trailing_data[0])
+                    self._tell()
+                    return
+                assert isinstance(event, h11.Data)
+                self._take(event)
+        except h11.RemoteProtocolError as error:
+            too_large = error.error_status_hint == 431
+            self._fail(
+                HeaderTooLarge("The header of a chunk, or the trailers, are larger than a header may be")
+                if too_large
+                else BadRequest(f"The body is not valid: {error}")
+            )
+        except BadRequest as error:
+            self._fail(error)
+        else:
+            self._connection.pause_reading()
+            self._more = self._connection.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._unread <= _MAX_UNREAD:
+            self._connection.resume_reading()
+        self._take_events()
+
+    def _take(self, event: h11.Data) -> None:
+        data = bytes(event.data)
+        self._chunks.append(data)
+        self._unread += len(data)
+        self._received += len(data)
+        self._chunk_count += event.chunk_start
+        if self._chunk_count > _FREE_CHUNKS + self._received // _MEAN_CHUNK:
+            raise BadRequest(f"The body comes in chunks of less than {_MEAN_CHUNK} bytes")
+        if self._unread > _MAX_UNREAD:
+            self._connection.pause_reading()
+        self._tell()
+
+    def _await_body(self) -> None:
+        if self._timer is None:
+            now = self._connection.loop.time()
+            self._judge_later(now, now)
+
+    def _judge_later(self, began: float, now: float) -> None:
+        left = began + self._connection.limits.body_timeout_s - now
+        self._timer = self._connection.loop.call_later(
+            max(0.0, min(BODY_WINDOW_S, left)), self._judge, began, now, self._received
+        )
+
+    def _judge(self, began: float, since: float, before: int) -> None:
+        """Once a window: a body is to come within a time, and at a rate, while it is us who read."""
+        limits, now = self._connection.limits, self._connection.loop.time()
+        enough = limits.min_body_bytes_per_s * (now - since)
+        if now >= began + limits.body_timeout_s:
+            self._fail(RequestTimeout(f"The body was not complete after {limits.body_timeout_s:g} s"))
+        elif self._received - before < enough and self._unread <= _MAX_UNREAD:
+            self._fail(RequestTimeout(f"The body came at less than {limits.min_body_bytes_per_s:g} bytes a second"))
+        else:
+            self._judge_later(began, now)
+
+    def _fail(self, error: ServeError) -> None:
+        self._stop_timer()
+        self._error = error
+        self._tell()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tell(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    def hung_up(self) -> None:
+        """The client has left: the application hears `http.disconnect`, whatever it waits for."""
+        self._gone = True
+        self._stop_timer()
+        if self._more is not None:
+            self._more.cancel()
+        self._chunks.clear()
+        self._tell()
+
+    # -- the application's side
+
+    def start(self) -> None:
+        task = self._connection.loop.create_task(self._run())
+        self._connection.server_state.tasks.add(task)
+        task.add_done_callback(self._connection.server_state.tasks.discard)
+
+    @property
+    def may_be_probed(self) -> bool:
+        """Whether an interim answer can be sent now."""
+        return not self._began and not self._http_10
+
+    async def _run(self) -> None:
+        try:
+            await self._connection.app(self._scope, self.receive, self.send)
+        except Exception:
+            if not self._began:  # else the application has logged it
+                log.exception("a request was not answered")
+        finally:
+            if not self._answered and not self._gone:
+                self._connection.transport.abort()  # half an answer: only a broken connection tells the client so
+
+    async def receive(self) -> Message:
+        """Raises BadRequest, HeaderTooLarge or RequestTimeout for a body that is not valid, or late."""
+        while not (
+            self._chunks
+            or self._gone
+            or self._answered
+            or (not self._read_all and (self._error is not None or self.complete))
+        ):
+            if self._parser.they_are_waiting_for_100_continue and not self._began:
+                self._parser.client_is_waiting_for_100_continue = False
+                self._connection.write(_CONTINUE)
+            self._news = self._connection.loop.create_future()
+            await self._news
+        if self._gone or self._answered:
+            return {"type": "http.disconnect"}
+        if self._error is not None:
+            self._read_all = True
+            raise self._error
+        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._unread = 0
+        self._read_all = self.complete
+        if not self.complete and self._more is None:
+            self._connection.resume_reading()
+        return {"type": "http.request", "body": body, "more_body": not self.complete}
+
+    async def send(self, message: Message) -> None:
+        if self._gone:
+            return  # the application hears of it where it receives
+        if message["type"] == "http.response.start":
+            self._begin_answer(message["status"], list(message["headers"]))
+            return
+        more: bool = message.get("more_body", False)
+        self._send_body(message.get("body", b""), more)
+        if more:
+            await self._connection.drain()
+
+    def _begin_answer(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        assert not self._began, "an answer begins once"
+        self._began = True
+        given = dict(headers)
+        self._bodiless = self._head_only or status in (204, 304)
+        if b"content-length" in given:
+            self._left = int(given[b"content-length"])
+        self._chunked = self._left is None and not self._bodiless and not self._http_10
+        if self._chunked:
+            headers.append((b"transfer-encoding", b"chunked"))
+        until_the_end = self._left is None and not self._bodiless and self._http_10
+        if given.get(b"connection") == b"close":
+            self._keep_alive = False
+        elif not (self._keep_alive and self.complete) or self._connection.closing or until_the_end:
+            self._keep_alive = False
+            headers.append((b"connection", b"close"))
+        self._head = _head_of(status, [*self._connection.server_state.default_headers, *headers])
+
+    def _send_body(self, body: bytes, more: bool) -> None:
+        assert self._began, "a body comes behind its header"
+        assert not self._answered, "an answer ends once"
+        if self._bodiless:
+            body = b""
+        elif self._chunked:
+            body = (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + (b"" if more else b"0\r\n\r\n")
+        elif self._left is not None:
+            self._left -= len(body)
+            assert self._left == 0 or (more and self._left > 0), "a body is as long as its header says"
+        if self._head is not None:
+            body, self._head = self._head + body, None
+        if body:
+            self._connection.write(body)
+        if not more:
+            self._answered = True
+            self._stop_timer()
+            if self._more is not None:
+                self._more.cancel()
+            self._tell()
+            self._connection.answered(self._keep_alive)
+
+
+def _check_lines(lines: bytes) -> None:
+    """What h11 lets pass: bare LFs, any number of headers, versions that there are not. Raises ServeError.
+
+    `lines` may end anywhere.
+    """
+    ends = lines.count(b"\r\n")
+    if lines.count(b"\n") != ends:
+        raise BadRequest("A line of the header ends in a bare line feed")
+    if ends > MAX_HEADERS + 2:
+        raise HeaderTooLarge(f"There are more than {MAX_HEADERS} headers")
+    if ends:
+        line = _REQUEST_LINE.match(lines)
+        if line is None:
+            raise BadRequest("The first line is no request line of HTTP/1.1")
+        if line[1] not in (b"1.0", b"1.1"):
+            raise HttpVersionNotSupported(f"HTTP/{line[1].decode()} is not spoken here: use HTTP/1.1")
+
+
+def _scope_of(
+    request: h11.Request, headers: list[tuple[bytes, bytes]], host: bytes, connection: Connection
+) -> dict[str, Any]:
+    """The ASGI scope. Raises BadRequest for a target or a Host that is not valid."""
+    target = request.target
+    if not target.startswith(b"/"):
+        if (absolute := _ABSOLUTE.match(target)) is not None:  # RFC 9112, 3.2.2: its host counts
+            host, target = absolute[1], absolute[2]
+            headers = [(b"host", host), *((name, value) for name, value in headers if name != b"host")]
+            if not target.startswith(b"/"):
+                target = b"/" + target
+        elif target != b"*" or request.method != b"OPTIONS":
+            raise BadRequest("The request target is no path")
+    if b"#" in target:
+        raise BadRequest("The request target has a fragment")
+    if not _HOST.match(host):
+        raise BadRequest("The Host is not valid")
+    raw_path, _, query = target.partition(b"?")
+    path = raw_path.decode("ascii")
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": request.http_version.decode("ascii"),
+        "server": connection.server,
+        "client": connection.client,
+        "scheme": "http",
+        "method": request.method.decode("ascii"),
+        "root_path": "",
+        "path": unquote(path) if "%" in path else path,
+        "raw_path": raw_path,
+        "query_string": query,
+        "headers": headers,
+        "state": connection.app_state.copy(),
+    }
+
+
+def _head_of(status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+    parts = [_STATUS_LINES[status]]
+    for name, value in headers:
+        parts += (name, b": ", value, b"\r\n")
+    parts.append(b"\r\n")
+    head = b"".join(parts)
+    assert head.count(b"\n") == len(headers) + 2, "a header is one line"
+    return head
+
+
+def _address(of: Any) -> tuple[str, int] | None:
+    return (str(of[0]), int(of[1])) if isinstance(of, tuple) else None
+
+
+def _has_sent_its_end(transport: asyncio.Transport) -> bool:
+    """Whether a FIN waits behind what we have not read. Only Linux tells."""
+    if sys.platform != "linux" or transport.is_closing():
+        return False
+    # A wrapper of our own: the loop hands out one without getsockopt.
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as same:
+        return same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
