@@ -83,6 +83,7 @@ def create_app(
         others = Route(path, routes.other_methods([*allowed, "OPTIONS"]), name=f"{path} otherwise")
         others.methods = None  # whatever came past the routes above
         app.router.routes.append(others)
+    app.router.default = routes.elsewhere
     app.mount("/docs/assets", StaticFiles(directory=_swagger_ui()))
     return app
 

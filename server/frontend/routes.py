@@ -22,6 +22,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from server import metrics
 from server.budget.controller import TARGETS, BudgetState
@@ -322,6 +323,13 @@ def other_methods(allowed: Sequence[str]) -> Endpoint:
         raise HTTPException(405, headers={"allow": allow})
 
     return answer
+
+
+async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
+    """What no path is for. `OPTIONS *` asks whether there is an HTTP server (RFC 9110, 9.3.7)."""
+    if scope["path"] != "*":
+        raise HTTPException(404)
+    await Response(status_code=204)(scope, receive, send)
 
 
 async def docs(_: Request) -> Response:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import uvloop
 from PIL import Image
 
 from server.app import create_app
@@ -100,6 +101,12 @@ class Served:
         value = self.service.metrics.registry.get_sample_value(name, labels)
         assert value is not None, f"there is no {name} {labels}"
         return value
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Servers run on uvloop, tests on asyncio's loop; those of sockets on both: the two differ where one ends."""
+    both = item.path.stem in ("test_connection", "test_listener")
+    return {"asyncio": asyncio.new_event_loop} | ({"uvloop": uvloop.new_event_loop} if both else {})
 
 
 Serve = Callable[..., AbstractAsyncContextManager[Served]]
@@ -194,6 +201,12 @@ class Listening:
     def __init__(self, service: Service, server: listener.Server, port: int, task: asyncio.Task[None]) -> None:
         self.service, self.server, self.port, self.task = service, server, port, task
         self.lines: list[Line] = []
+
+    async def turn(self) -> None:
+        """Until the server has had time to read what was sent: it answers others that came later."""
+        other = await self.connect()
+        other.writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await other.answer()
 
     async def connect(self) -> Line:
         line = await connect(self.port)
