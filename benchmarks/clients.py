@@ -24,7 +24,7 @@ def classify(body: bytes, content_type: str = "image/jpeg", query: str = "", clo
     """The bytes of a whole request."""
     head = [
         f"POST /classify{query} HTTP/1.1",
-        "Host: benchmark",
+        "Host: localhost",
         f"Content-Type: {content_type}",
         f"Content-Length: {len(body)}",
         *(["Connection: close"] if close else []),

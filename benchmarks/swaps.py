@@ -126,7 +126,7 @@ def check(
 
 def _put(thresholds: Sequence[float]) -> bytes:
     body = json.dumps({"thresholds": list(thresholds)}).encode()
-    head = f"PUT /budget HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"PUT /budget HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 

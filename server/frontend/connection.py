@@ -193,6 +193,10 @@ class Connection(asyncio.Protocol):
         if self._lingers:
             return
         if exchange is not None and not exchange.complete:
+            missing = exchange.missing
+            if missing is not None and missing < len(data):
+                self._buffer += data[missing:]
+                data = data[:missing]
             exchange.feed(data)
             return
         if not self._buffer and exchange is None:
@@ -201,7 +205,7 @@ class Connection(asyncio.Protocol):
         self._buffer += data
         if exchange is None and not self._queued:
             self._begin()
-        elif len(self._buffer) > self.limits.max_header_bytes:
+        if self._is_full:
             self.pause_reading()
 
     def eof_received(self) -> bool:
@@ -266,7 +270,10 @@ class Connection(asyncio.Protocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        body, self._buffer = bytes(self._buffer), bytearray()
+        size = len(self._buffer) if exchange.missing is None else exchange.missing
+        body = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        self.resume_reading()
         exchange.feed(body)
         exchange.start()
         if self._ended:
@@ -279,7 +286,7 @@ class Connection(asyncio.Protocol):
         """`rest`: what came behind it."""
         self._connections.owes(self, False)
         self._buffer += rest
-        if len(self._buffer) > self.limits.max_header_bytes:
+        if self._is_full:
             self.pause_reading()
 
     def answered(self, keep_alive: bool) -> None:
@@ -298,7 +305,8 @@ class Connection(asyncio.Protocol):
         self._await_next()
 
     def _await_next(self) -> None:
-        self._buffer = self._buffer.lstrip(b"\r\n")
+        if self._buffer and self._buffer[0] in b"\r\n":
+            self._buffer = self._buffer.lstrip(b"\r\n")
         self._idle = not self._buffer
         self._await_header(self.limits.keep_alive_timeout_s if self._idle else self.limits.header_timeout_s)
         if (self._buffer or self._ended) and not self._queued:
@@ -360,8 +368,12 @@ class Connection(asyncio.Protocol):
             if self._exchange is not None and self._exchange.complete:
                 self._probe_later(_FIRST_PROBE_S)  # the client's end would go unnoticed behind what is not read
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self._buffer) > self.limits.max_header_bytes
+
     def resume_reading(self) -> None:
-        if not self._reading:
+        if not self._reading and not self._is_full:
             self._reading = True
             if not self._ended and not self.transport.is_closing():
                 self.transport.resume_reading()
@@ -465,6 +477,7 @@ class Exchange:
             option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")
         }
         self._keep_alive = not self._http_10 and b"close" not in options
+        self._length = None if b"transfer-encoding" in given else int(given.get(b"content-length", 0))
 
         self.complete = False  # all of the request has come
         self._chunks: list[bytes] = []  # of the body, not read yet
@@ -484,6 +497,11 @@ class Exchange:
         self._left: int | None = None  # bytes of the answer's body that are to come
 
     # -- the request
+
+    @property
+    def missing(self) -> int | None:
+        """Bytes of the body that are to come. None where only the chunks tell."""
+        return None if self._length is None else self._length - self._received
 
     def feed(self, data: bytes) -> None:
         """Take in what came behind the header."""

@@ -478,7 +478,7 @@ def token(tmp_path: Path) -> Path:
 @settings(max_examples=60, deadline=None)
 def test_however_the_bytes_are_cut_the_requests_are_the_same(data: st.DataObject) -> None:
     """Requests of every framing, cut anywhere, against a recording application on a transport in memory."""
-    bodies = data.draw(st.lists(st.binary(max_size=40), min_size=1, max_size=4))
+    bodies = data.draw(st.lists(st.binary(max_size=400), min_size=1, max_size=6))
     stream = b""
     for body in bodies:
         if data.draw(st.booleans()):
@@ -515,7 +515,7 @@ class _Transport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__({})
         self.sent = b""
-        self.closed = False
+        self.closed = self.paused = False
 
     def write(self, data: Any) -> None:
         self.sent += bytes(data)
@@ -530,9 +530,13 @@ class _Transport(asyncio.Transport):
     def is_closing(self) -> bool:
         return self.closed
 
-    def pause_reading(self) -> None: ...
+    def pause_reading(self) -> None:
+        assert not self.paused
+        self.paused = True
 
-    def resume_reading(self) -> None: ...
+    def resume_reading(self) -> None:
+        assert self.paused
+        self.paused = False
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
 
@@ -565,17 +569,22 @@ async def _replay(stream: bytes, cuts: list[int]) -> tuple[list[bytes], bytes]:
             self.default_headers: list[Any] = []
             self.total_requests = 0
 
-    limits = module.ConnectionLimits(4, 65536, 10.0, 10.0, 10.0, 0.0, 10.0)
+    limits = module.ConnectionLimits(4, 300, 10.0, 10.0, 10.0, 0.0, 10.0)
     line = module.Connection(Connections(limits, lambda _: None), Config(), State(), {})  # type: ignore[arg-type]
     transport = _Transport()
     line.connection_made(transport)
     at = 0
     for cut in cuts:
+        for _ in range(200):
+            if not transport.paused:
+                break
+            await asyncio.sleep(0)
+        assert not transport.paused, "reading stops until what has come is needed, no longer"
         if cut > at and not transport.closed:
             line.data_received(stream[at:cut])
         at = cut
         await asyncio.sleep(0)
-    for _ in range(60):
+    for _ in range(200):
         await asyncio.sleep(0)
     line.connection_lost(None)
     await asyncio.sleep(0)
