@@ -116,7 +116,8 @@ def _measure_kind(report: Report, options: Options, server: Server, kind: str, r
         key = f"{kind}_{what.replace(' ', '_')}"
         figures |= {f"{key}_p50_ms": p50, f"{key}_p99_ms": p99}
         statuses = _words(Counter(shot.status for shot in shots))
-        report.add(f"  others {what}", f"p50 {p50:.1f} ms, p99 {p99:.1f} ms; {statuses}", **figures)
+        report.add(f"  others {what}", f"p50 {p50:.1f} ms, p99 {p99:.1f} ms; {statuses}")
+        report.figures |= {name: _known(value) for name, value in figures.items()}
     for share in ("p50", "p99"):
         now = figures[f"{kind}_beside_slow_{share}_ms"]
         to_alone, to_polite = (now / figures[f"{kind}_{what}_{share}_ms"] for what in ("alone", "beside_polite"))
@@ -124,7 +125,7 @@ def _measure_kind(report: Report, options: Options, server: Server, kind: str, r
         report.add(
             f"  {share} beside slow",
             f"{to_alone:.2f} x alone{target}, {to_polite:.2f} x beside polite",
-            **{f"{kind}_{share}_ratio": to_alone, f"{kind}_{share}_ratio_to_polite": to_polite},
+            **{f"{kind}_{share}_ratio": _known(to_alone), f"{kind}_{share}_ratio_to_polite": _known(to_polite)},
         )
     report.add(
         "  memory of the server",
@@ -156,6 +157,11 @@ def _tell_held(report: Report, of: str, kind: str, held: Sequence[Held]) -> int:
     answers = f"; answers read {_words(statuses)}" if statuses else ""
     report.add(f"  {kind}", f"{words}; {never} never{answers}", **{f"{key}_statuses": statuses})
     return never
+
+
+def _known(value: float) -> float | None:
+    """JSON has no other word for what there is not: nobody was answered."""
+    return value if math.isfinite(value) else None
 
 
 def _words(statuses: Counter[int]) -> str:
