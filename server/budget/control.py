@@ -20,6 +20,7 @@ from server.cascade.scheduler import Load
 # Seconds over which arrivals are averaged: a latency target follows the load, a brownout every burst.
 RATE_HORIZON, BURST_HORIZON = 3.0, 0.5
 _WEIGHT = 0.02  # of one answer in the running means
+SHORTEST = 1e-6  # seconds: no time that somebody asks for is shorter, as loops divide by it
 
 
 class Machine:
@@ -131,6 +132,6 @@ class Control:
             rate=burst,
             new=load.waiting[0],
             deep=deep,
-            horizon=patience / 2,
+            horizon=max(patience, SHORTEST) / 2,
         )
         return row, ceiling

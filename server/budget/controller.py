@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from server.budget.control import Control, Machine
+from server.budget.control import SHORTEST, Control, Machine
 from server.budget.store import Policy, PolicyStore
 from server.bundle.frontier import NEVER, Frontier, FrontierRow, Mixture
 from server.cascade.scheduler import Load
@@ -181,9 +181,10 @@ def _solve_latency(frontier: Frontier, target: Target, machine: Machine | None) 
         raise InvalidRequest("quantile must lie between 0.5 and 0.999", field="quantile")
     if machine is None:
         raise _no_profile()
+    latency = max(latency_ms / 1000, SHORTEST)
     chosen = frontier.knee
     if machine.profile is not None:
-        row = machine.row_within(latency_ms / 1000, quantile)
+        row = machine.row_within(latency, quantile)
         if row is None:
             feasible = _feasible(frontier, machine, quantile)
             raise _infeasible(feasible, "the cheapest operating point is not that fast at the present arrival rate")
@@ -194,7 +195,7 @@ def _solve_latency(frontier: Frontier, target: Target, machine: Machine | None) 
         False,
         Setting.of(chosen),
         chosen.gmacs,
-        latency=(latency_ms / 1000, quantile),
+        latency=(latency, quantile),
     )
 
 

@@ -7,11 +7,11 @@ the route); tests hold the real answers against them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
@@ -69,7 +69,10 @@ class Classification(_Model):
 
 
 class Images(_Model):
-    images: list[str] = Field(min_length=1, description="Image files, base64.")
+    images: list[str] = Field(
+        min_length=1,
+        description="Image files in base64: padded or not, in lines or not, of either alphabet, also as `data:` URLs.",
+    )
 
 
 class Predicted(_Model):
@@ -137,27 +140,60 @@ class Feasible(_Model):
     )
 
 
-class Target(_Model):
-    """Exactly one of these, and `quantile` with `latency_ms` only."""
+class GmacsTarget(_Model):
+    gmacs: float = Field(gt=0, description="Mean cost per image, billions of multiply-accumulates.")
 
-    gmacs: float = Field(0, description="Mean cost per image, billions of multiply-accumulates.")
-    accuracy: float = Field(0, description="Accuracy on the calibration images, 0 to 1.")
-    thresholds: list[float] = Field([], description="One per exit but the last, or one per exit with 0 as the last.")
-    latency_ms: float = Field(0, description="From the last byte of a request's body to its answer.")
+
+class AccuracyTarget(_Model):
+    accuracy: float = Field(description="Accuracy on the calibration images, 0 to 1.")
+
+
+class LatencyTarget(_Model):
+    latency_ms: float = Field(gt=0, description="From the last byte of a request's body to its answer.")
     quantile: float = Field(0.99, ge=0.5, le=0.999, description="The share of answers that are to be that fast.")
 
 
-class BudgetRequest(Target):
-    """Exactly one target, and optionally `hold` and, with `gmacs`, `mix`."""
+_Never = Annotated[Literal[2], WithJsonSchema({"type": "number", "enum": [2]})]  # to JSON Schema 2.0 is no integer
 
+
+class ThresholdsTarget(_Model):
+    thresholds: list[Annotated[float, Field(ge=0, le=1)] | _Never] = Field(
+        min_length=1,
+        description="One per exit but the last, or one per exit with 0 as the last. 2: nobody leaves there.",
+    )
+
+
+Target = GmacsTarget | AccuracyTarget | LatencyTarget | ThresholdsTarget
+
+
+class _Held(_Model):
     hold: Literal["cost", "quality"] = Field(
         "cost", description="`cost`: thresholds follow the traffic so that the cost stays. `quality`: they stay."
     )
+
+
+class GmacsBudget(_Held, GmacsTarget):
     mix: bool = Field(
         False,
-        description="Only with `gmacs`: meet the cost exactly, by two sets of thresholds; a hash of its `X-Request-ID` "
-        "decides which one judges a request.",
+        description="Meet the cost exactly, by two sets of thresholds; a hash of its `X-Request-ID` decides which one "
+        "judges a request.",
     )
+
+
+class AccuracyBudget(_Held, AccuracyTarget):
+    pass
+
+
+class LatencyBudget(_Held, LatencyTarget):
+    pass
+
+
+class ThresholdsBudget(_Held, ThresholdsTarget):
+    pass
+
+
+# What PUT takes is exactly one of them: none has a member that is another's target.
+BUDGETS = (GmacsBudget, AccuracyBudget, LatencyBudget, ThresholdsBudget)
 
 
 class Mix(_Model):
@@ -304,10 +340,14 @@ _REQUEST_ID = {
     "name": "X-Request-ID",
     "in": "header",
     "required": False,
-    "description": "Taken over into the answer where it has the right form.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+    "description": "Taken over into the answer where it matches `^[A-Za-z0-9._-]{1,64}$`; any other is replaced.",
+    "schema": {"type": "string"},  # no pattern: a request is not refused for its id
 }
+_RED_DOT = (  # a PNG
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"
+)
 _IMAGE_FILE = {"schema": {"type": "string", "format": "binary"}}
+_IMAGE_FILES = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
 
 CLASSIFY: dict[str, Any] = {
     "tags": ["classify"],
@@ -331,7 +371,11 @@ CLASSIFY: dict[str, Any] = {
         "parameters": [
             _query("top_k", "Predictions per image; more than there are classes gives all.", type="integer", minimum=1),
             _query(
-                "timeout_ms", "Answer by then; at most the server's `DVT_MAX_TIMEOUT_MS`.", type="number", minimum=0
+                "timeout_ms",
+                "Answer by then; at most the server's `DVT_MAX_TIMEOUT_MS`.",
+                type="number",
+                minimum=0,
+                exclusiveMinimum=True,
             ),
             _query("max_exit", "Never go deeper than this exit.", type="integer", minimum=1),
             _query(
@@ -352,19 +396,22 @@ CLASSIFY: dict[str, Any] = {
         ],
         "requestBody": {
             "required": True,
-            "description": "A raw image, a form with one or more file parts named `image`, or JSON with base64.",
+            "description": "A raw image, a form with one or more files, or JSON with base64.",
             "content": {
                 **dict.fromkeys(images.MEDIA_TYPES, _IMAGE_FILE),
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
-                        "required": ["image"],
-                        "properties": {
-                            "image": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
-                        },
+                        "description": "Every part that is a file is an image, whatever its name.",
+                        "minProperties": 1,
+                        "properties": {"image": _IMAGE_FILES},
+                        "additionalProperties": _IMAGE_FILES,
                     }
                 },
-                "application/json": {"schema": {"$ref": "#/components/schemas/Images"}},
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/Images"},
+                    "example": {"images": [_RED_DOT]},
+                },
             },
         },
     },
@@ -384,7 +431,7 @@ _BUDGET_BODY: dict[str, Any] = {
     "required": True,
     "content": {
         "application/json": {
-            "schema": {"$ref": "#/components/schemas/BudgetRequest"},
+            "schema": {"oneOf": [{"$ref": f"#/components/schemas/{budget.__name__}"} for budget in BUDGETS]},
             "examples": {
                 "gmacs": {"value": {"gmacs": 0.03}},
                 "mixed": {"value": {"gmacs": 0.03, "mix": True}},
@@ -499,7 +546,7 @@ class App(FastAPI):
                 tags=self.openapi_tags,
             )
             components = document["components"]["schemas"]
-            for body in (Images, BudgetRequest):  # only referred to by hand, so FastAPI does not collect them
+            for body in (Images, *BUDGETS):  # only referred to by hand, so FastAPI does not collect them
                 components[body.__name__] = body.model_json_schema()
             for path in document["paths"].values():
                 for operation in path.values():
@@ -516,16 +563,25 @@ def _label_problems(responses: dict[str, Any]) -> None:
 
 
 def _as_3_0(node: Any) -> Any:
-    """OpenAPI 3.1 says `anyOf: [X, null]` where 3.0 says `nullable`; titles only repeat the names of fields."""
+    """Pydantic's JSON Schema in the words of OpenAPI 3.0; titles only repeat the names of fields.
+
+    Unions here are of schemas that exclude one another: `oneOf`, which readers of the document show as a choice.
+    """
     if isinstance(node, list):
         return [_as_3_0(item) for item in node]
     if not isinstance(node, dict):
         return node
     node = {key: _as_3_0(value) for key, value in node.items() if not (key == "title" and _is_schema(node))}
-    if {"type": "null"} in node.get("anyOf", ()):
-        (schema,) = (option for option in node.pop("anyOf") if option != {"type": "null"})
-        return {**node, **schema, "nullable": True}
-    return node
+    if isinstance(bound := node.get("exclusiveMinimum"), int | float) and not isinstance(bound, bool):
+        node |= {"minimum": bound, "exclusiveMinimum": True}
+    if "anyOf" not in node:
+        return node
+    options = node.pop("anyOf")
+    if {"type": "null"} not in options:
+        return {**node, "oneOf": options}
+    (schema,) = (option for option in options if option != {"type": "null"})
+    # Beside a reference nothing counts.
+    return {**node, **({"allOf": [schema]} if "$ref" in schema else schema), "nullable": True}
 
 
 def _is_schema(node: dict[str, Any]) -> bool:

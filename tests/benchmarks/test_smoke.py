@@ -64,6 +64,15 @@ def test_sigterm_leaves_no_accepted_request_unanswered(run: Run) -> None:
     assert results["figures"]["answers"]["200"] > 0
 
 
+def test_slow_clients_are_closed_and_others_asked_beside_them(run: Run) -> None:
+    short = ("--connections", "4", "--seconds", "0.5", "--rate", "20", "--pause", "0.1", "--pipelined", "20")
+    figures = run("slow_clients", "--kinds", "header", "deaf", *short, "--setting", "header_timeout_s=0.2")["figures"]
+    assert figures["header_never_closed"] == {"header": 0}
+    assert figures["header_statuses"]["408"] >= 4
+    assert figures["header_lost"] == figures["header_refused"] == 0
+    assert figures["deaf_p99_ratio"] > 0
+
+
 def test_hostile_files_get_what_their_manifest_expects(run: Run, tmp_path: Path) -> None:
     from benchmarks.photos import photo
 

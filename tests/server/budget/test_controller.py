@@ -635,6 +635,20 @@ async def test_a_latency_out_of_reach_is_refused_with_what_is_feasible(frontier:
     assert (await loaded.budget.put({"latency_ms": high})).predicted.gmacs == frontier.knee.gmacs
 
 
+async def test_a_latency_of_next_to_nothing_is_out_of_reach(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    with pytest.raises(BudgetInfeasible):
+        await loaded.budget.put({"latency_ms": 5e-324, "quantile": 0.5})  # in seconds it is 0, and so is the tail
+
+
+def test_requests_that_give_no_time_stop_no_loop(frontier: Frontier) -> None:
+    budget = BudgetController(frontier, MemoryStore(), machine=(machine := Machine(frontier.rows, (8, 8, 8), 1)))
+    machine.profile = LiveProfile(LatencyProfile.lines((0.001, 0.001, 0.001), (0.002, 0.004, 0.008)))
+    machine.arrived(1, 0.0)
+    budget.tick(0.0, Load((5, 5, 5), (0, 0, 0), 0, 64))
+    assert budget.pressure > 0
+
+
 async def test_without_traffic_what_an_image_takes_alone_is_feasible(frontier: Frontier) -> None:
     loaded = Loaded(frontier)
     loaded.machine.rest()
