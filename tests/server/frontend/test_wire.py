@@ -108,7 +108,7 @@ class Served:
 @contextmanager
 def running(**settings: object) -> Iterator[Served]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DVT_")}
-    values = {"state_dir": "", "profile_seconds": 0, "executors": 1, **settings}
+    values = {"state_dir": "", "profile_seconds": 0, "executors": 1, "allowed_hosts": "*", **settings}
     environment |= {f"DVT_{name.upper()}": str(value) for name, value in values.items()}
     command = [sys.executable, "-m", "server", "serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -219,9 +219,9 @@ ROWS: list[Row] = [
         (f"chunk size {size!r}", chunked(size + b"\r\n" + JSON), BAD, CLOSED)
         for size in (b"x", b"-f", b"+f", b"0xf", b"1_5", b"", b" f", b"f g", b"\xef\xbc\xa6", b"f\x00")
     ],
-    ("a chunk size beyond 64 bits", chunked(b"1" + b"0" * 16 + b"f\r\n" + JSON), [{400, 413}], CLOSED),
+    ("a chunk size beyond all bounds", chunked(b"f" * 21 + b"\r\n" + JSON), BAD, CLOSED),
     ("a chunk longer than its size", chunked(b"f\r\n" + JSON + b"more\r\n"), BAD, CLOSED),
-    ("a chunk line without CR", chunked(b"f\n" + JSON + b"\n"), BAD, CLOSED),
+    ("a chunk line without CR", chunked(b"f\n" + JSON + b"\r\n0\r\n\r\n"), BAD, CLOSED),
     # Framing that two readers could take two ways (RFC 9112, 6).
     *[
         (f"Transfer-Encoding: {coding!r}", chunked(LAST + INNER, coding=coding), UNKNOWN, CLOSED)
