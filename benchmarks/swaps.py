@@ -126,8 +126,8 @@ def check(
 
 def _put(thresholds: Sequence[float]) -> bytes:
     body = json.dumps({"thresholds": list(thresholds)}).encode()
-    head = f"PUT /budget HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    head = "PUT /budget HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def _mixes(mix: Sequence[float]) -> Sequence[Sequence[float]]:
