@@ -28,16 +28,16 @@ from benchmarks.harness import HOST
 KINDS = ("header", "body", "idle", "deaf")
 POLITE = "polite"
 
-_SMALL = b"GET /livez HTTP/1.1\r\nHost: benchmark\r\n\r\n"
+_SMALL = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 _NO_IMAGE = classify(b"no image", "image/jpeg")
 _DEAF = (
     _SMALL,
-    b"GET /model HTTP/1.1\r\nHost: benchmark\r\n\r\n",
-    b"GET /openapi.json HTTP/1.1\r\nHost: benchmark\r\n\r\n",
+    b"GET /model HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n",
     _NO_IMAGE,
 )
 _OPENINGS = {
-    "header": b"GET /livez HTTP/1.1\r\nHost: benchmark\r\nX-Slow: ",
+    "header": b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
     "body": classify(bytes(10**6))[: -(10**6)],
 }
 _AT_ONCE = 16  # requests a deaf client hands over before it looks whether they still go out

@@ -32,7 +32,7 @@ from benchmarks.harness import Options, Report, Server, finish, load_bundle, par
 from benchmarks.open_loop import Shot, fire
 from benchmarks.photos import photos
 
-SETTINGS = {"header_timeout_s": "5", "body_timeout_s": "5", "keep_alive_timeout_s": "5"}
+SETTINGS = {"header_timeout_s": "5", "body_timeout_s": "5", "keep_alive_timeout_s": "5", "send_timeout_s": "5"}
 TOGETHER = "together"
 SIDE = 96  # pixels
 TARGET = 1.5  # p99 of the others beside slow clients over that alone

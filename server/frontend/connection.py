@@ -7,8 +7,9 @@ Theory of operation
 - A connection does one thing at a time. It waits for a header, or it has an `Exchange`: one request and its answer.
   Bytes that come meanwhile are kept, up to a header's size, and reading stops until they are needed; so a client that
   pipelines costs what one does that waits.
-- A pipelined request begins in the turn of a queue that all connections share, one a loop iteration. Whoever sends a
-  thousand at once waits for everybody else's next one.
+- What can wait takes turns, in one queue that all connections share: requests of clients that pipeline, refusals of
+  clients that are late. One is done a loop iteration, and one a millisecond while there are requests of others; so who
+  sends a thousand requests at once, or comes with a thousand slow connections, waits for everybody else.
 - Whenever the client owes bytes (a header, a body, or to take an answer), a timer runs, and the connection stands in
   the line of those that may be given up for a newcomer when there are too many, the longest wait first.
 - What is wrong with a body is raised where the application reads it (`receive`), and answered like any other error.
@@ -60,6 +61,7 @@ _HIGH_WATER = 32 * 1024  # bytes of answers that the socket does not take: more,
 _EVENTS_A_TURN = 256  # of a body's chunks, each some 10 us: then the loop sees to others
 _FREE_CHUNKS = 1024
 _MEAN_CHUNK = 64  # bytes; beyond the free ones, smaller chunks cost more than they bring
+_TURN_S = 0.001  # between two turns, beside others' requests
 _FIRST_PROBE_S = 0.025  # of a client that shut its side down; twice as long for every further one
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -93,7 +95,8 @@ class Connections:
         self.refused = refused
         self.open = 0
         self._owing: dict[Connection, None] = {}  # clients that owe bytes, the longest wait first
-        self._turns: deque[Connection] = deque()
+        self._turns: deque[Callable[[], None]] = deque()
+        self.others = 0  # requests that no turn was taken for
 
     def enter(self) -> bool:
         """False where there is no room, even if the client that has let us wait longest were given up."""
@@ -115,17 +118,21 @@ class Connections:
         else:
             self._owing.pop(connection, None)
 
-    def take_turn(self, connection: Connection) -> None:
-        """Let the connection begin its next request when it is its turn."""
-        self._turns.append(connection)
+    def in_turn(self, step: Callable[[], None]) -> None:
+        """Do this when it is its turn."""
+        self._turns.append(step)
         if len(self._turns) == 1:
-            connection.loop.call_soon(self._next_turn)
+            asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
-        connection = self._turns.popleft()
+        self._turns[0]()
+        self._turns.popleft()
         if self._turns:
-            connection.loop.call_soon(self._next_turn)
-        connection.turn()
+            loop = asyncio.get_running_loop()
+            if self.others > 0:
+                loop.call_later(_TURN_S, self._next_turn)
+            else:
+                loop.call_soon(self._next_turn)
 
 
 class Connection(asyncio.Protocol):
@@ -150,7 +157,8 @@ class Connection(asyncio.Protocol):
         self._searched = 0  # so many bytes of it were looked at, and do not end a header
         self._exchange: Exchange | None = None
         self._idle = False  # after an answer, before the first byte of the next request
-        self._queued = False  # for the turn to begin a pipelined request
+        self._pipelines = False  # has sent a request before it had the answer to the last one
+        self._queued = False  # for the turn to begin the next one
         self._reading = True
         self._ended = False  # the client has shut its side down
         self._closing = False  # behind the answer that is being made
@@ -186,7 +194,7 @@ class Connection(asyncio.Protocol):
         self._buffer.clear()
         if self._exchange is not None:
             self._exchange.hung_up()
-            self._exchange = None
+            self._leave_exchange()
 
     def data_received(self, data: bytes) -> None:
         exchange = self._exchange
@@ -203,7 +211,11 @@ class Connection(asyncio.Protocol):
             # Empty lines before a request are skipped (RFC 9112, 2.2). They are no sign of life: all timers run on.
             data = data.lstrip(b"\r\n")
         self._buffer += data
-        if exchange is None and not self._queued:
+        if exchange is not None:
+            self._pipelines = True
+        elif self._pipelines:
+            self._queue()
+        elif not self._queued:
             self._begin()
         if self._is_full:
             self.pause_reading()
@@ -243,11 +255,6 @@ class Connection(asyncio.Protocol):
 
     # -- a request begins and ends
 
-    def turn(self) -> None:
-        """Begin the pipelined request that was queued for."""
-        self._queued = False
-        self._begin()
-
     def _begin(self) -> None:
         """Read the next header from what is there, and let the application answer it."""
         if self._blocked is not None or self._lingers or self.transport.is_closing():
@@ -274,6 +281,9 @@ class Connection(asyncio.Protocol):
         body = bytes(self._buffer[:size])
         del self._buffer[:size]
         self.resume_reading()
+        self._pipelines |= bool(self._buffer) and exchange.missing is not None
+        self._connections.others += not self._pipelines
+        exchange.in_turn = self._pipelines
         exchange.feed(body)
         exchange.start()
         if self._ended:
@@ -291,9 +301,10 @@ class Connection(asyncio.Protocol):
 
     def answered(self, keep_alive: bool) -> None:
         """The answer of the exchange is out. Go on, or end the connection without losing it."""
-        exchange, self._exchange = self._exchange, None
+        exchange = self._exchange
         if exchange is None:
             return
+        self._leave_exchange()
         if self._probe is not None:
             self._probe.cancel()
             self._probe = None
@@ -309,9 +320,22 @@ class Connection(asyncio.Protocol):
             self._buffer = self._buffer.lstrip(b"\r\n")
         self._idle = not self._buffer
         self._await_header(self.limits.keep_alive_timeout_s if self._idle else self.limits.header_timeout_s)
-        if (self._buffer or self._ended) and not self._queued:
+        if self._buffer or self._ended:
+            self._queue()
+
+    def _queue(self) -> None:
+        if not self._queued:
             self._queued = True
-            self._connections.take_turn(self)
+            self._connections.in_turn(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._queued = False
+        self._begin()
+
+    def _leave_exchange(self) -> None:
+        assert self._exchange is not None
+        self._connections.others -= not self._exchange.in_turn
+        self._exchange = None
 
     def _end(self, clean: bool) -> None:
         """Close. `clean`: nothing that the client has sent is unread, so that no reset can overtake the answer."""
@@ -352,6 +376,9 @@ class Connection(asyncio.Protocol):
     def closing(self) -> bool:
         return self._closing
 
+    def in_turn(self, step: Callable[[], None]) -> None:
+        self._connections.in_turn(step)
+
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():
             self.transport.write(data)
@@ -390,8 +417,12 @@ class Connection(asyncio.Protocol):
         self._connections.owes(self, True)
 
     def _header_is_late(self) -> None:
-        if self._blocked is not None:
-            return  # the time to send judges this client
+        self._patience = None
+        self._connections.in_turn(self._dismiss)
+
+    def _dismiss(self) -> None:
+        if self._patience is not None or self._exchange is not None or self._blocked is not None:
+            return  # it came after all, or the time to send judges this client
         if self._buffer:
             seconds = self.limits.header_timeout_s
             self._refuse(RequestTimeout(f"The header was not complete after {seconds:g} s"))
@@ -479,6 +510,7 @@ class Exchange:
         self._keep_alive = not self._http_10 and b"close" not in options
         self._length = None if b"transfer-encoding" in given else int(given.get(b"content-length", 0))
 
+        self.in_turn = False  # it began when it was its turn
         self.complete = False  # all of the request has come
         self._chunks: list[bytes] = []  # of the body, not read yet
         self._unread = 0  # bytes of them
@@ -573,14 +605,19 @@ class Exchange:
         """Once a window: a body is to come within a time, and at a rate, while it is us who read."""
         limits, now = self._connection.limits, self._connection.loop.time()
         enough = limits.min_body_bytes_per_s * (now - since)
+        late = None
         if now >= began + limits.body_timeout_s:
-            self._fail(RequestTimeout(f"The body was not complete after {limits.body_timeout_s:g} s"))
+            late = RequestTimeout(f"The body was not complete after {limits.body_timeout_s:g} s")
         elif self._received - before < enough and self._unread <= _MAX_UNREAD:
-            self._fail(RequestTimeout(f"The body came at less than {limits.min_body_bytes_per_s:g} bytes a second"))
+            late = RequestTimeout(f"The body came at less than {limits.min_body_bytes_per_s:g} bytes a second")
+        if late is not None:
+            self._connection.in_turn(lambda: self._fail(late))
         else:
             self._judge_later(began, now)
 
     def _fail(self, error: ServeError) -> None:
+        if self.complete or self._gone:
+            return
         self._stop_timer()
         self._error = error
         self._tell()

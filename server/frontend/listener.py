@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 _ATTACH_FILTER = 26
 _EMPTY_THE_BACKLOG_S = 0.03
 
+# Bytes of answers that the kernel keeps for a client that does not read. By itself it would take megabytes.
+SEND_BUFFER = 128 * 1024
+
 # Between "no more connections" and "close the idle ones": time for bytes that are already on their way to become
 # requests, which are then answered.
 LAST_CALL_S = 0.2
@@ -55,6 +58,7 @@ def bind(settings: Settings) -> socket.socket:
         raise SettingsError(f"cannot listen on {settings.host}: {error.strerror}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
         listener.bind(address)
     except OSError as error:
         listener.close()
