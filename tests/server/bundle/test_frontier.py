@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from benchmarks import cascades
 from benchmarks.exact import exact_best
 from server.bundle.frontier import (
     MAX_RECORDS,
@@ -31,14 +32,8 @@ Arrays = tuple[NDArray[np.float32], NDArray[np.bool_]]
 
 
 def synthetic(samples: int, seed: int = 0, exits: int = 3) -> Arrays:
-    """Images of normal difficulty; deeper exits are better, and surer."""
-    rng = np.random.default_rng(seed)
-    ease = rng.normal(size=samples)
-    depth = np.arange(exits)[:, None]
-    noise = rng.normal(size=(exits, samples)) * 0.6
-    confidence = 1 / (1 + np.exp(-(ease * (1.2 + 0.2 * depth) + 1 + 0.6 * depth + noise)))
-    correct = rng.random((exits, samples)) < confidence
-    return confidence[:-1].astype(np.float32), correct
+    records = cascades.synthetic(samples, seed, exits)
+    return records.confidence, records.correct
 
 
 def exits_taken(confidence: NDArray[np.float32], thresholds: tuple[float, ...]) -> NDArray[np.int64]:
