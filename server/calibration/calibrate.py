@@ -24,8 +24,10 @@ from server.bundle.manifest import Bundle
 from server.calibration.every_stage import every_stage
 from server.calibration.guarantee import certify, losses, split, upper_bound
 from server.core import Engine, Floats
+from server.engines import load_engine
 from server.errors import EngineFailed, ServeError
 from server.frontend.images import ImageLimits, decode
+from server.settings import usable_cores
 
 Example = tuple[Path, int]  # image file, class id
 
@@ -162,10 +164,6 @@ def calibrate_folder(
     path: Path, images: Path, fraction: float, limit: int | None, promise: Promise | None = None
 ) -> Frontier:
     """`dvt calibrate`: the bundle at `path` on the image folder `images`. Raises BundleError and CalibrationError."""
-    # Imported where the engine is chosen: everything else here works without one.
-    from server.engines import load_engine
-    from server.settings import usable_cores
-
     bundle = Bundle.load(path, need_frontier=False)
     examples = read_image_folder(images, bundle.manifest.labels, fraction=fraction, limit=limit)
     threads = usable_cores()
