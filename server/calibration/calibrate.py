@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records, sweep
 from server.bundle.manifest import Bundle
+from server.calibration.evaluate import SHARES
 from server.calibration.every_stage import every_stage
 from server.calibration.guarantee import certify, losses, split, upper_bound
 from server.core import Engine, Floats
@@ -215,8 +216,8 @@ def _some(labels: Sequence[str]) -> str:
 
 
 def _summary_rows(frontier: Frontier) -> Iterator[tuple[str, FrontierRow]]:
-    """What a reader wants of 257 rows: the best at 25, 50 and 75 % of the last exit's cost, and the knee."""
-    for share in (0.25, 0.5, 0.75):
+    """What a reader wants of 257 rows: the best at shares of the last exit's cost, and the knee."""
+    for share in SHARES:
         if row := frontier.by_gmacs(share * frontier.stage_gmacs[-1]):
             yield f"{share:.0%}", row
     yield "knee", frontier.knee

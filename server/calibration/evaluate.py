@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records, budget_area, evaluate_thresholds
 from server.calibration.families import geometric
 
-SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost
+SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost: the budgets that tables show
 
 
 @dataclass(frozen=True, slots=True)
