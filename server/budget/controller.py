@@ -4,7 +4,9 @@ Owns the operating point. Everything here runs on the event loop. There is no cl
 the loops that need one get it with `tick`.
 
 What is in force is the cheaper of two: what the target asks for (as the cost loop has moved it), and the ceiling that
-an overload leaves.
+an overload leaves. Thresholds that an operator gave, or holds (`quality`), have no ceiling; the default budget has one.
+Without a profile there is none, and a latency target is refused; one that was stored stands, with the dearest row in
+force.
 """
 
 from __future__ import annotations

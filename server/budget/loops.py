@@ -11,6 +11,10 @@ multiple f of that under load, and no more than L without any:
 
 Solved for s, a latency target is a linear budget on the milliseconds of the frontier. f is 1 at the median, 2κ at the
 99th percentile and grows with the logarithm in between, as the tail of a queue does. κ is learned.
+
+How they play together: `LatencyLoop` says what an image may cost, and that becomes the target of `CostLoop`, which
+walks the frontier until the traffic costs that. `Brownout` puts a ceiling over both; under it `CostLoop` stands still,
+as what comes says nothing of its row. It counts images, without a clock; `control` gives the other two the time.
 """
 
 from __future__ import annotations
