@@ -1,4 +1,5 @@
-"""Other ways to choose thresholds, kept for comparison with the frontier: nothing serves them. Only numbers here.
+"""Other ways to choose thresholds, kept for comparison with the sweep. Only numbers here. A server meets them only in a
+frontier that a published checkpoint brought along (`export.imported`).
 
 Legend: N images, E exits.
 """
