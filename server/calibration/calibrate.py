@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records, sweep
+from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records
 from server.bundle.manifest import Bundle
 from server.calibration.evaluate import SHARES
 from server.calibration.every_stage import every_stage
 from server.calibration.guarantee import certify, losses, split, upper_bound
+from server.calibration.sweep import sweep
 from server.core import Engine, Floats
 from server.engines import load_engine
 from server.errors import EngineFailed, ServeError

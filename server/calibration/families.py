@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from server.bundle.frontier import NEVER, FrontierRow, Records, as_records, evaluate_thresholds
+from server.bundle.frontier import NEVER, FrontierRow, Records, evaluate_thresholds
+from server.calibration.sweep import as_records
 
 _POPULATION = 50
 _GENERATIONS = 60

@@ -20,8 +20,9 @@ from server.budget.control import Machine
 from server.budget.controller import AIM_BAND, DEFAULT_SLACK, WINDOW, BudgetController, solve
 from server.budget.loops import CostLoop
 from server.budget.store import FileStore, MemoryStore, Policy
-from server.bundle.frontier import Frontier, sweep, upper_hull
+from server.bundle.frontier import Frontier, upper_hull
 from server.bundle.profile import LatencyProfile, LiveProfile
+from server.calibration.sweep import sweep
 from server.cascade.scheduler import Load
 from server.core import Answer, ImageResult, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from server.budget.drift import ENOUGH, POINTS, WINDOW, Drift, bins_of, quantile_edges
 from server.budget.loops import CostLoop
-from server.bundle.frontier import Frontier, FrontierRow, Records, sweep
+from server.bundle.frontier import Frontier, FrontierRow, Records
+from server.calibration.sweep import sweep
 from server.core import Answer, Floats, ImageResult, OperatingPoint
 
 GMACS = (0.5, 1.0, 2.0)

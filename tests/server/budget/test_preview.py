@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from server.budget.controller import solve
 from server.budget.loops import CostLoop
 from server.budget.preview import post_stratify, preview
-from server.bundle.frontier import Frontier, Records, evaluate_thresholds, sweep
+from server.bundle.frontier import Frontier, Records, evaluate_thresholds
+from server.calibration.sweep import sweep
 from server.core import Floats, OperatingPoint
 
 GMACS = (0.5, 1.0, 2.0)

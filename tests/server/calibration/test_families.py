@@ -7,8 +7,10 @@ import pytest
 
 from benchmarks.cascades import synthetic
 from benchmarks.exact import exact_best
-from server.bundle.frontier import budget_area, sweep
+from server.bundle.frontier import FrontierRow
+from server.calibration.evaluate import budget_area
 from server.calibration.families import genetic, geometric
+from server.calibration.sweep import sweep
 
 GMACS = (0.47, 1.1, 2.31)
 
@@ -41,3 +43,16 @@ def test_the_genetic_algorithm_comes_near_the_optimum_within_its_budget(budget: 
 def test_the_genetic_algorithm_lets_all_leave_at_once_where_nothing_else_can_be_paid() -> None:
     records = synthetic(300)
     assert genetic(records.confidence, records.correct, GMACS, GMACS[0]).exit_fractions == (1.0, 0.0, 0.0)
+
+
+def test_the_area_under_the_budget_curve_is_a_mean_accuracy() -> None:
+    def row(gmacs: float, accuracy: float) -> FrontierRow:
+        return FrontierRow((0.0, 0.0), accuracy, 0.0, gmacs, (1.0, 0.0))
+
+    rows = [row(1.0, 0.5), row(2.0, 0.7)]
+    assert budget_area(rows, 1.0, 2.0) == pytest.approx(0.6)
+    assert budget_area(rows, 1.0, 3.0) == pytest.approx(0.65)
+    assert budget_area([*rows, row(3.0, 0.6)], 1.0, 3.0) == pytest.approx(0.65), "a worse row takes nothing away"
+    assert budget_area(rows, 1.5, 2.0) == pytest.approx(0.65)
+    with pytest.raises(ValueError, match="cheapest row costs"):
+        budget_area(rows, 0.5, 2.0)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.cascades import synthetic
-from server.bundle.frontier import Frontier, Records, sweep
+from server.bundle.frontier import Frontier, Records
 from server.calibration.guarantee import certify, losses, split, upper_bound
+from server.calibration.sweep import sweep
 
 GMACS = (0.5, 1.5, 3.5)
 POPULATION = 200_000
