@@ -24,7 +24,8 @@ from benchmarks.small_models import Logged, log, records, trained
 from model.dvt import DVT
 from model.flops import cumulative_macs
 from model.recipes import RECIPES, Recipe
-from server.bundle.frontier import evaluate_thresholds, sweep
+from server.bundle.frontier import evaluate_thresholds
+from server.calibration.sweep import sweep
 
 SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost
 

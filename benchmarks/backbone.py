@@ -20,7 +20,8 @@ from benchmarks.harness import Options, Report, finish, parse
 from benchmarks.small_models import log, records, trained
 from model.flops import cumulative_macs
 from model.recipes import RECIPES
-from server.bundle.frontier import evaluate_thresholds, sweep
+from server.bundle.frontier import evaluate_thresholds
+from server.calibration.sweep import sweep
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks.harness import Options, Report, finish, parse
 from benchmarks.offline import know_bundle, thresholds_for
 from benchmarks.photos import photos
-from server.bundle.frontier import sweep
 from server.bundle.manifest import Bundle
+from server.calibration.sweep import sweep
 from server.errors import BundleError
 
 RIGHT = (0.70, 0.78, 0.82)  # drawn by lot: how often the exits are right

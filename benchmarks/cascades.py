@@ -13,17 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 from server.bundle.frontier import Records
 
 
-def synthetic(samples: int, seed: int = 0) -> Records:
-    """Images of normal difficulty; deeper exits are better, and surer. Three exits.
+def synthetic(samples: int, seed: int = 0, exits: int = 3) -> Records:
+    """Images of normal difficulty; deeper exits are better, and surer.
 
     `offline.thresholds_for` gives the thresholds at which chosen fractions of them leave.
     """
     rng = np.random.default_rng(seed)
     ease = rng.normal(size=samples)
-    depth = np.arange(3)[:, None]
-    certainty = ease * (1.2 + 0.2 * depth) + 1 + 0.6 * depth + rng.normal(size=(3, samples)) * 0.6
+    depth = np.arange(exits)[:, None]
+    certainty = ease * (1.2 + 0.2 * depth) + 1 + 0.6 * depth + rng.normal(size=(exits, samples)) * 0.6
     confidence = 1 / (1 + np.exp(-certainty))
-    return Records(confidence[:-1].astype(np.float32), rng.random((3, samples)) < confidence)
+    return Records(confidence[:-1].astype(np.float32), rng.random((exits, samples)) < confidence)
 
 
 def draw(

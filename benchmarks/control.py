@@ -25,8 +25,9 @@ from server.budget.control import Machine
 from server.budget.controller import BudgetController
 from server.budget.loops import Brownout
 from server.budget.store import MemoryStore, Policy
-from server.bundle.frontier import Frontier, FrontierRow, sweep
+from server.bundle.frontier import Frontier, FrontierRow
 from server.bundle.profile import LiveProfile
+from server.calibration.sweep import sweep
 from server.cascade.scheduler import Load
 
 GMACS = (0.4725, 1.4625, 3.4975)  # T2T-ViT-12, cumulative

@@ -31,24 +31,24 @@ SAMPLES_PER_S = 250
 Buckets = Sequence[tuple[str, str]]
 LOOP: Buckets = (
     ("metrics", r"server/metrics|prometheus_client"),
-    ("budget", r"server/budget"),
-    ("batcher", r"server/(batcher|scheduler|core)"),
-    ("decode hand-over", r"server/decoding"),
-    ("reading the body", r"server/bodies|multipart"),
+    ("budget", r"server/budget/"),
+    ("batcher", r"server/(cascade/|core)"),
+    ("decode hand-over", r"server/frontend/decoding"),
+    ("reading the body", r"server/frontend/bodies|multipart"),
     ("answer", r"^(shape_answer|predictions|json_response) |orjson|starlette/responses"),
-    ("route and edge", r"server/(routes|edge|app)|starlette|fastapi"),
-    ("HTTP protocol", r"server/listener|uvicorn|httptools"),
+    ("HTTP protocol", r"server/frontend/(listener|connection)|uvicorn|httptools|h11/"),
+    ("route and edge", r"server/(frontend/|service|app)|starlette|fastapi"),
     ("asyncio, uvloop", r"asyncio|uvloop"),
 )
 EXECUTOR: Buckets = (
     ("onnxruntime", r"onnxruntime"),
-    ("engine: gather, slots", r"server/engines|numpy"),
-    ("batcher", r"server/(batcher|core)"),
+    ("engine: gather, slots", r"server/engines/|numpy"),
+    ("batcher", r"server/(cascade/|core)"),
 )
 DECODE: Buckets = (
-    ("Pillow and libjpeg", r"PIL/|simplejpeg|^(_decode_jpeg|_decode_with_pillow|decode) .*server/images"),
-    ("header checks", r"server/images"),
-    ("decode threads", r"server/decoding"),
+    ("Pillow and libjpeg", r"PIL/|simplejpeg|^(_decode_\w+|decode) .*server/frontend/images"),
+    ("header checks", r"server/frontend/images"),
+    ("decode threads", r"server/frontend/decoding"),
 )
 BUCKETS = {"loop": LOOP, "executor": EXECUTOR, "decode": DECODE}
 

@@ -24,8 +24,8 @@ from benchmarks.offline import thresholds_for
 from benchmarks.virtual import Setup, VirtualEngine
 from server.budget.controller import BudgetController
 from server.budget.store import MemoryStore
-from server.bundle.frontier import sweep
 from server.bundle.profile import LatencyProfile
+from server.calibration.sweep import sweep
 from server.cascade.policy import DeepestRipe
 from server.cascade.scheduler import Scheduler
 from server.core import OperatingPoint

@@ -16,10 +16,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from server.bundle.frontier import NEVER
 from server.bundle.manifest import Bundle
+from server.calibration.every_stage import every_stage
 from server.core import Engine, Floats, Pixels, Slot, StageBatch
 from server.engines import load_engine
 from server.frontend.images import ImageLimits, decode
@@ -53,7 +53,10 @@ def know(bundle: Bundle, engine: Engine, files: Sequence[bytes]) -> Known:
     """Run every image through every stage."""
     pixels = decoded(bundle, files)
     size = min(engine.max_batch_sizes)
-    parts = [_every_exit(engine, pixels[start : start + size]) for start in range(0, len(pixels), size)]
+    parts = [
+        np.stack([output.confidence for output in every_stage(engine, pixels[start : start + size])])
+        for start in range(0, len(pixels), size)
+    ]
     return Known(pixels, np.concatenate(parts, axis=1))
 
 
@@ -64,17 +67,6 @@ def know_bundle(bundle: Bundle, files: Sequence[bytes]) -> Known:
         return know(bundle, engine, files)
     finally:
         engine.close()
-
-
-def _every_exit(engine: Engine, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
-    rows: list[Floats] = []
-    slots: Sequence[Slot] = ()
-    for stage in range(1, engine.num_stages + 1):
-        threshold = NEVER if stage < engine.num_stages else 0.0
-        output = engine.run(StageBatch(stage, pixels, slots, [threshold] * len(pixels)))
-        rows.append(output.confidence)
-        slots = [slot for slot in output.slots if slot is not None]
-    return np.stack(rows)
 
 
 def thresholds_for(confidence: Floats, mix: Sequence[float]) -> tuple[float, ...]:

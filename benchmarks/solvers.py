@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from benchmarks.cascades import synthetic
 from benchmarks.exact import exact_best
 from benchmarks.harness import Options, Report, finish, load_bundle, parse
-from server.bundle.frontier import FrontierRow, Records, sweep
+from server.bundle.frontier import FrontierRow, Records
 from server.calibration.families import genetic, geometric
+from server.calibration.sweep import sweep
 
 SHARES = (0.2, 0.3, 0.4, 0.55, 0.75)  # of the last exit's cost
 GMACS = (0.4725, 1.4625, 3.4975)  # of the synthetic ones: T2T-ViT-12's

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.bundle.frontier import NEVER, Frontier, FrontierRow
+from server.bundle.frontier import NDIGITS, NEVER, Frontier, FrontierRow
 from server.bundle.manifest import Manifest
 from server.calibration.families import geometric_shares
 
 MAX_COST_DIFFERENCE = 0.05  # of the file's mean costs against ours: more is told
-_NDIGITS = 9  # of costs and accuracies, as calibration writes them
 
 
 def imported_frontier(
@@ -62,10 +61,10 @@ def _frontier(imported: Mapping[str, Any], manifest: Manifest, notice: Callable[
     for at in np.argsort(cost):
         row = FrontierRow(
             thresholds=tuple(thresholds[at].tolist()),
-            accuracy=round(float(accuracy[at]) / 100, _NDIGITS),
+            accuracy=round(float(accuracy[at]) / 100, NDIGITS),
             accuracy_lower=None,
-            gmacs=round(float(cost[at]), _NDIGITS),
-            exit_fractions=tuple(round(f, _NDIGITS) for f in fractions[at].tolist()),
+            gmacs=round(float(cost[at]), NDIGITS),
+            exit_fractions=tuple(round(f, NDIGITS) for f in fractions[at].tolist()),
         )
         if not rows or (row.accuracy > rows[-1].accuracy and row.gmacs > rows[-1].gmacs):
             rows.append(row)
@@ -74,7 +73,7 @@ def _frontier(imported: Mapping[str, Any], manifest: Manifest, notice: Callable[
         stage_gmacs=manifest.stage_gmacs,
         samples=0,
         key=manifest.frontier_key,
-        exit_accuracy=tuple(round(a / 100, _NDIGITS) for a in exit_accuracy.tolist()),
+        exit_accuracy=tuple(round(a / 100, NDIGITS) for a in exit_accuracy.tolist()),
         records=None,
         criterion=manifest.criterion,
         source="imported",

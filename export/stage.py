@@ -1,7 +1,9 @@
 """One stage as a graph of its own: pixels and the state of the stage before in, an exit's answer and the state out.
 
 What a server would otherwise have to know is inside: normalisation, softmax, confidence. The names of the tensors are
-part of the bundle's contract.
+part of the bundle's contract. A stage takes `image`, uint8 (B, S, S, 3), and from the second on what the stage before
+left, `features_k` and `relations_k`; it gives `logits`, `probabilities`, `confidence` and, but for the last, its own
+state.
 
 Shapes: B images, S image side, K classes, n upstream tokens and N this stage's, both without the class token,
 D embed_dim, C = depth * heads.

@@ -4,7 +4,9 @@ Owns the operating point. Everything here runs on the event loop. There is no cl
 the loops that need one get it with `tick`.
 
 What is in force is the cheaper of two: what the target asks for (as the cost loop has moved it), and the ceiling that
-an overload leaves.
+an overload leaves. Thresholds that an operator gave, or holds (`quality`), have no ceiling; the default budget has one.
+Without a profile there is none, and a latency target is refused; one that was stored stands, with the dearest row in
+force.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from server.budget.control import SHORTEST, Control, Machine
+from server.budget.loops import CostLoop
 from server.budget.store import Policy, PolicyStore
 from server.bundle.frontier import NEVER, Frontier, FrontierRow, Mixture
 from server.cascade.scheduler import Load
@@ -215,78 +218,6 @@ def default_solution(frontier: Frontier) -> Solution:
     return Solution({"accuracy": row.accuracy}, "quality", False, Setting.of(row), None)
 
 
-class CostLoop:
-    """Walks along the frontier so that the mean cost of live traffic meets a budget. Plain: it counts, nothing else.
-
-    Calibration says what a row costs on calibration traffic; harder traffic costs more on the same row. Per block of
-    256 images: filter the mean cost y, e = (B-y)/B, and take what calibration puts at u = B(1 + .3e + .5I), I the
-    running sum of e: the row, or the mixture. Within 1 % nothing moves; e is not summed up while u is already past the
-    end that it pushes to; a block moves at most 16 rows.
-    """
-
-    BLOCK = 256
-    DEAD_BAND = 0.01
-    PROPORTIONAL = 0.3
-    INTEGRAL = 0.5  # at half of it a jump of the input by half a sigma puts a window of 10,000 images 4 % off
-    FILTER = 0.7  # share of the newest block in y
-    MAX_STEP = 16
-
-    def __init__(self, frontier: Frontier, gmacs: float) -> None:
-        """`gmacs` is the budget; the loop begins at the row that calibration puts there."""
-        self._costs = [r.gmacs for r in frontier.rows]
-        self._budget = gmacs
-        self.row = self._row_at(gmacs)
-        self.gmacs = self._within(gmacs)  # the mean cost to ask calibration for: between `row` and the next
-        self._sum = 0.0
-        self._images = 0
-        self._filtered: float | None = None
-        self._integral = 0.0
-
-    def observe(self, gmacs: float) -> bool:
-        """Count one image that was decided by the thresholds in force. True where `gmacs` has moved."""
-        self._sum += gmacs
-        self._images += 1
-        if self._images < self.BLOCK:
-            return False
-        mean = self._sum / self._images
-        self._sum, self._images = 0.0, 0
-        return self._end_block(mean)
-
-    def _end_block(self, mean: float) -> bool:
-        past = self._filtered
-        self._filtered = mean if past is None else past + self.FILTER * (mean - past)
-        error = (self._budget - self._filtered) / self._budget
-        if abs(error) < self.DEAD_BAND:
-            return False
-        # Judged before e is added: judged after, the step that would reach the end is never taken.
-        wanted = self._wanted(error, self._integral)
-        past_end = wanted > self._costs[-1] if error > 0 else wanted < self._costs[0]
-        if not past_end:
-            self._integral += error
-        wanted = self._wanted(error, self._integral)
-        aim = self._row_at(wanted)
-        self.row += max(-self.MAX_STEP, min(self.MAX_STEP, aim - self.row))
-        before, self.gmacs = self.gmacs, self._within(wanted) if self.row == aim else self._costs[self.row]
-        return self.gmacs != before
-
-    def aim_at(self, gmacs: float) -> None:
-        """Another budget for the same traffic: what was learned of it, I, is kept."""
-        self._budget = gmacs
-        self.gmacs = self._within(self._wanted(0.0, self._integral))
-        self.row = self._row_at(self.gmacs)
-        self._filtered = None
-        self._sum, self._images = 0.0, 0
-
-    def _within(self, gmacs: float) -> float:
-        return max(self._costs[0], min(self._costs[-1], gmacs))
-
-    def _row_at(self, gmacs: float) -> int:
-        return max(0, bisect_right(self._costs, gmacs) - 1)
-
-    def _wanted(self, error: float, integral: float) -> float:
-        return self._budget * (1 + self.PROPORTIONAL * error + self.INTEGRAL * integral)
-
-
 class BudgetController:
     """One owner of the operating point. `point` is replaced whole, so whoever reads it sees one budget, never two."""
 
@@ -469,7 +400,7 @@ class BudgetController:
         self._window = _Window(self._frontier.stage_gmacs)
         self._loop: CostLoop | None = None
         if solution.held_gmacs is not None:
-            self._loop = CostLoop(self._frontier, solution.held_gmacs)
+            self._loop = CostLoop(self._gmacs, solution.held_gmacs)
             self._aim = solution.held_gmacs
         if self._control is not None:
             self._control.aim_at(*(solution.latency or (None,)))

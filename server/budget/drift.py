@@ -7,8 +7,9 @@ Two comparisons, over the last images:
 - where images leave, against what calibration says of the operating points that judged them, each image by its own: the
   cost loop moves on every few hundred images, and no point alone sees enough. By one two-proportion z per exit.
 
-Both need images enough to say something. Neither needs labels, and neither says that accuracy has suffered: traffic of
-easier images alarms as well. That is what audits estimate.
+An image costs three array writes; the sums wait until somebody asks, or ENOUGH images have come. Both need images
+enough to say something. Neither needs labels, and neither says that accuracy has suffered: traffic of easier images
+alarms as well. That is what audits estimate.
 """
 
 from __future__ import annotations

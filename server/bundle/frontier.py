@@ -1,4 +1,5 @@
-"""The frontier: for every mean cost the thresholds of best accuracy, solved once from calibration records.
+"""The frontier: for every mean cost the thresholds of best accuracy, and what they come to. Calibration solves it
+(`server.calibration.sweep`); here a budget is a look-up.
 
 Only numbers live here: no I/O, no clock. Legend: N calibration images, E exits, M bins of confidence per exit.
 
@@ -7,9 +8,7 @@ Theory of operation. An image leaves at the first exit whose confidence is >= th
     F = C1 + (C2-C1) P(c1<t1) + (C3-C2) P(c1<t1, c2<t2)
 
 with C the cumulative cost of a stage, and the accuracy has the same form with the change in correctness from exit to
-exit in place of the cost. Both are sums over a corner of the (c1, c2) plane: one histogram over the ranks of c1 and
-c2, summed up along both axes, holds the answer for every pair of thresholds at once. All (M+1)^2 pairs are sorted by
-cost; the running best is the frontier, and a budget is a look-up.
+exit in place of the cost.
 
 Confidences are float32 and a frontier's thresholds are confidences that were seen, exactly representable in float32
 as well as in float64: it makes no difference in which of the two an engine compares, and ties fall as they did here.
@@ -35,14 +34,13 @@ Criterion = Literal["max_probability", "entropy"]
 
 The exported graph computes it; a frontier's thresholds, and a request's min_confidence, are on that scale."""
 Source = Literal["calibration", "imported"]
-"""Whose thresholds: solved here, from records of images, or brought along by a published checkpoint, without any."""
+"""Whose thresholds: solved from records of images, or brought along by a published checkpoint, without any."""
 NEVER = 2.0
 """A threshold that no confidence reaches: nobody leaves at this exit."""
 
 MAX_RECORDS = 16_384  # as float32 for three exits 180 KB of frontier.json
-_MAX_PAIRS = 1 << 21  # thresholds tried at once; three exits at 1024 bins are half of this
 _Z_95 = 1.6448536269514722  # one-sided 95 % point of the normal distribution
-_NDIGITS = 9  # of costs and accuracies; 1e-9 GMAC is one MAC
+NDIGITS = 9  # of costs and accuracies; 1e-9 GMAC is one MAC
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ class Mixture:
         return tuple(map(self._mean, self.cheaper.exit_fractions, self.dearer.exit_fractions))
 
     def _mean(self, cheaper: float, dearer: float) -> float:
-        return round((1 - self.share) * cheaper + self.share * dearer, _NDIGITS)
+        return round((1 - self.share) * cheaper + self.share * dearer, NDIGITS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,7 +178,7 @@ class Frontier:
                 raise ValueError(f"format version {found!r}, this server reads {FORMAT_VERSION}")
             stage_gmacs = tuple(map(float, document["stage_gmacs"]))
             frontier = cls(
-                rows=tuple(_parse_row(row) for row in document["rows"]),
+                rows=tuple(_parserow_of(row) for row in document["rows"]),
                 stage_gmacs=stage_gmacs,
                 samples=int(document["samples"]),
                 key=str(document["key"]),
@@ -216,65 +214,6 @@ class Frontier:
             raise ValueError(f"source {self.source!r} is none of {', '.join(get_args(Source))}")
 
 
-def sweep(
-    confidence: ArrayLike,
-    correct: ArrayLike,
-    stage_gmacs: Sequence[float],
-    *,
-    key: str = "",
-    criterion: Criterion = "max_probability",
-    bins: int = 1024,
-    max_rows: int = 257,
-) -> Frontier:
-    """Solve the whole frontier by the rank-histogram sweep (see the module's docstring).
-
-    confidence (E-1, N), correct (E, N), stage_gmacs (E,) cumulative. Thresholds are tried at `bins` quantiles of each
-    exit's confidences; with no more distinct confidences than bins the result is exact. Where more than `max_rows`
-    rows survive they are thinned evenly along the curve, ends kept. For four exits and more, bins are made fewer so
-    that the table stays in memory. Raises ValueError for shapes that do not fit.
-    """
-    costs = np.asarray(stage_gmacs, dtype=np.float64)
-    records = as_records(confidence, correct, costs)
-    exits, samples = records.correct.shape
-    bins = max(1, min(bins, int(_MAX_PAIRS ** (1 / (exits - 1))) - 1))
-
-    candidates = [_candidates(row, bins) for row in records.confidence]
-    # An image of rank r stays in under candidate j exactly where r < j.
-    ranks = [np.searchsorted(c, row, side="right") - 1 for c, row in zip(candidates, records.confidence, strict=True)]
-    right = records.correct.astype(np.int64)
-    sizes = tuple(len(c) for c in candidates)  # NEVER included: nobody has that rank
-    # Tables with one axis per threshold, or 1 where it plays no part: images that reach each stage; right answers.
-    reached = [np.full((1,) * len(sizes), samples, dtype=np.int64)]
-    hits = np.full((1,) * len(sizes), right[0].sum(), dtype=np.int64)
-    flat = np.zeros(samples, dtype=np.int64)
-    for stage in range(1, exits):
-        shape = sizes[:stage]
-        flat = flat * shape[-1] + ranks[stage - 1]
-        reached.append(_below(flat, None, shape, len(sizes)))
-        hits = hits + _below(flat, right[stage] - right[stage - 1], shape, len(sizes))
-    stayed = [*reached[1:], np.zeros((1,) * len(sizes), dtype=np.int64)]
-    mean_cost = _mean_cost([a - b for a, b in zip(reached, stayed, strict=True)], samples, costs).ravel()
-
-    best = _pareto(mean_cost, hits.ravel())
-    best = best[_thin(mean_cost[best], hits.ravel()[best], max_rows)]
-    picks = np.stack(np.unravel_index(best, sizes), axis=1)
-    rows = []
-    for pick in picks:
-        left = [int(r[tuple(np.minimum(pick, np.array(r.shape) - 1))]) for r in reached] + [0]
-        counts = [a - b for a, b in pairwise(left)]
-        thresholds = (*(float(c[j]) for c, j in zip(candidates, pick, strict=True)), 0.0)
-        rows.append(_row(thresholds, counts, int(hits[tuple(pick)]), costs))
-    return Frontier(
-        rows=tuple(rows),
-        stage_gmacs=tuple(map(float, costs)),
-        samples=samples,
-        key=key,
-        exit_accuracy=tuple(round(float(a), _NDIGITS) for a in records.correct.mean(axis=1)),
-        records=_subsample(records),
-        criterion=criterion,
-    )
-
-
 def with_ms(rows: Sequence[FrontierRow], stage_ms: Sequence[float]) -> tuple[FrontierRow, ...]:
     """The rows with their milliseconds. stage_ms (E,): what an image takes in each stage that it reaches."""
     return tuple(
@@ -299,92 +238,11 @@ def _on_or_below(row: FrontierRow, left: FrontierRow, right: FrontierRow) -> boo
     return (row.accuracy - left.accuracy) * run <= rise * (row.gmacs - left.gmacs)
 
 
-def budget_area(rows: Sequence[FrontierRow], low: float, high: float) -> float:
-    """Mean accuracy over budgets from `low` to `high` GMAC: the area under the budget curve, divided by its width.
-
-    Between two rows the curve is a straight line (what mixing the two gives), beyond the last it is flat. `low` must
-    not be cheaper than the cheapest row.
-    """
-    ordered = sorted(rows, key=lambda row: (row.gmacs, row.accuracy))
-    costs = np.array([row.gmacs for row in ordered])
-    if not costs[0] <= low < high:
-        raise ValueError(f"budgets {low} to {high}: the cheapest row costs {costs[0]}")
-    best = np.maximum.accumulate([row.accuracy for row in ordered])
-    corners = np.unique(np.concatenate([[low, high], costs[(costs > low) & (costs < high)]]))
-    return float(np.trapezoid(np.interp(corners, costs, best), corners) / (high - low))
-
-
 def wilson_lower(hits: int, samples: int) -> float:
     """One-sided 95 % lower bound on a rate (Wilson 1927): stays sound near 0 and 1, where mean - z*sigma does not."""
     rate, z2 = hits / samples, _Z_95**2
     spread = _Z_95 * math.sqrt(rate * (1 - rate) / samples + z2 / (4 * samples**2))
     return max(0.0, (rate + z2 / (2 * samples) - spread) / (1 + z2 / samples))
-
-
-def as_records(confidence: ArrayLike, correct: ArrayLike, costs: NDArray[np.float64]) -> Records:
-    """Checked. confidence (E-1, N), correct (E, N), costs (E,). Raises ValueError for what does not fit."""
-    c = np.asarray(confidence, dtype=np.float32)
-    r = np.asarray(correct, dtype=bool)
-    if costs.ndim != 1 or len(costs) < 2 or not np.all(np.isfinite(costs)) or np.any(np.diff(costs) <= 0):
-        raise ValueError("stage_gmacs must hold at least two cumulative costs that rise")
-    if r.ndim != 2 or r.shape[0] != len(costs) or c.shape != (len(costs) - 1, r.shape[1]) or r.shape[1] == 0:
-        raise ValueError(f"{len(costs)} stages, but confidence {c.shape} and correct {r.shape}")
-    if not np.all((c >= 0) & (c < NEVER)):  # also refuses NaN
-        raise ValueError("a confidence is not between 0 and 1")
-    return Records(c, r)
-
-
-def _candidates(confidence: NDArray[np.float32], bins: int) -> NDArray[np.float32]:
-    """Thresholds to try, ascending: 0 (all leave), at most `bins` - 1 of the confidences at even ranks, and NEVER."""
-    distinct = np.unique(confidence)
-    if len(distinct) > bins:
-        ordered = np.sort(confidence)
-        distinct = np.unique(ordered[np.arange(bins) * len(ordered) // bins])
-    # The smallest confidence and 0 do the same here; only 0 also does it to images that are yet to come.
-    distinct[0] = 0
-    return np.append(distinct, np.float32(NEVER))
-
-
-def _below(
-    flat: NDArray[np.int64], weights: NDArray[np.int64] | None, shape: tuple[int, ...], axes: int
-) -> NDArray[np.int64]:
-    """For every j: the sum of weights (1 where None) of the images whose ranks are all below j. Axes padded with 1s."""
-    # Whole numbers far below 2**53: exact in the float64 that bincount adds weights in.
-    table: NDArray[np.int64] = np.bincount(flat, weights, minlength=math.prod(shape)).reshape(shape).astype(np.int64)
-    for axis in range(len(shape)):
-        # Nobody has the last rank, so a roll by one turns "up to and including" into "below".
-        np.cumsum(table, axis=axis, out=table)
-        table = np.roll(table, 1, axis=axis)
-        table[(slice(None),) * axis + (0,)] = 0
-    return table.reshape(shape + (1,) * (axes - len(shape)))
-
-
-def _pareto(cost: NDArray[np.float64], hits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the pairs that no other pair beats in cost and accuracy, from cheapest to most accurate."""
-    order = np.argsort(cost, kind="stable")
-    cost, hits = cost[order], hits[order]
-    peak = np.maximum.accumulate(hits)
-    rises = np.flatnonzero(np.concatenate([[True], hits[1:] > peak[:-1]]))
-    # Of several rises at one cost only the last, the highest, stands.
-    last = np.concatenate([cost[rises][1:] > cost[rises][:-1], [True]])
-    best: NDArray[np.int64] = order[rises[last]]
-    return best
-
-
-def _thin(cost: NDArray[np.float64], hits: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """Positions of at most `limit` rows, ends kept, with even steps along the curve.
-
-    A step is the larger of its shares of the range of cost and of accuracy, so that neither the steep cheap end nor
-    the flat dear end is left with wide gaps.
-    """
-    if len(cost) <= limit:
-        return np.arange(len(cost))
-    steps = np.maximum(np.diff(cost) / np.ptp(cost), np.diff(hits) / np.ptp(hits))
-    along = np.concatenate([[0.0], np.cumsum(steps)])
-    # searchsorted from the right: the best row at or below each mark
-    picked = np.searchsorted(along, np.linspace(0, along[-1], limit), side="right") - 1
-    picked[-1] = len(cost) - 1
-    return np.unique(picked)
 
 
 def evaluate_thresholds(records: Records, thresholds: Sequence[float], stage_gmacs: ArrayLike) -> FrontierRow:
@@ -393,7 +251,7 @@ def evaluate_thresholds(records: Records, thresholds: Sequence[float], stage_gma
     taken = exits_taken(records, thresholds)
     counts = [int(n) for n in np.bincount(taken, minlength=exits)]
     hits = int(np.take_along_axis(records.correct, taken[None], axis=0).sum())
-    return _row((*map(float, thresholds[: exits - 1]), 0.0), counts, hits, np.asarray(stage_gmacs, dtype=np.float64))
+    return row_of((*map(float, thresholds[: exits - 1]), 0.0), counts, hits, np.asarray(stage_gmacs, dtype=np.float64))
 
 
 def exits_taken(records: Records, thresholds: Sequence[float]) -> NDArray[np.intp]:
@@ -406,34 +264,26 @@ def exits_taken(records: Records, thresholds: Sequence[float]) -> NDArray[np.int
     return np.where(sure.any(axis=0), sure.argmax(axis=0), exits - 1)
 
 
-def _mean_cost(counts: Sequence[ArrayLike], samples: int, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+def mean_cost(counts: Sequence[ArrayLike], samples: int, costs: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean GMAC per image, where counts[k] images leave at exit k; scalars or tables. One home, so that all agree."""
     total = np.zeros((), dtype=np.float64)
     for count, cost in zip(counts, costs, strict=True):
         total = total + np.asarray(count, dtype=np.float64) * cost
-    return np.asarray(np.round(total / samples, _NDIGITS))
+    return np.asarray(np.round(total / samples, NDIGITS))
 
 
-def _row(thresholds: tuple[float, ...], counts: Sequence[int], hits: int, costs: NDArray[np.float64]) -> FrontierRow:
+def row_of(thresholds: tuple[float, ...], counts: Sequence[int], hits: int, costs: NDArray[np.float64]) -> FrontierRow:
     samples = sum(counts)
     return FrontierRow(
         thresholds=thresholds,
-        accuracy=round(hits / samples, _NDIGITS),
-        accuracy_lower=round(wilson_lower(hits, samples), _NDIGITS),
-        gmacs=float(_mean_cost(counts, samples, costs)),
-        exit_fractions=tuple(round(n / samples, _NDIGITS) for n in counts),
+        accuracy=round(hits / samples, NDIGITS),
+        accuracy_lower=round(wilson_lower(hits, samples), NDIGITS),
+        gmacs=float(mean_cost(counts, samples, costs)),
+        exit_fractions=tuple(round(n / samples, NDIGITS) for n in counts),
     )
 
 
-def _subsample(records: Records) -> Records:
-    samples = records.correct.shape[1]
-    if samples <= MAX_RECORDS:
-        return records
-    kept = np.arange(MAX_RECORDS) * samples // MAX_RECORDS
-    return Records(records.confidence[:, kept], records.correct[:, kept])
-
-
-def _parse_row(row: dict[str, Any]) -> FrontierRow:
+def _parserow_of(row: dict[str, Any]) -> FrontierRow:
     lower, ms = row["accuracy_lower"], row["ms"]
     return FrontierRow(
         thresholds=tuple(map(float, row["thresholds"])),

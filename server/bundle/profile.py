@@ -4,7 +4,8 @@ Only numbers live here: no clock, no engine, no files. A stage's cost is c(n) = 
 straight line fits what was measured within 10 %, else the measured points joined, made monotone. Stages count from 1.
 
 A profile holds for one model on one engine and machine, its identity; another one is measured anew
-(`server.calibration.profiling`). While a server runs, `LiveProfile` follows what its batches really take.
+(`server.calibration.profiling`). While a server runs, `LiveProfile` follows what its batches really take; the
+milliseconds of `GET /frontier` stay those of the start.
 """
 
 from __future__ import annotations

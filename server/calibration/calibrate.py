@@ -19,13 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records, sweep
+from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records
 from server.bundle.manifest import Bundle
+from server.calibration.evaluate import SHARES
 from server.calibration.every_stage import every_stage
 from server.calibration.guarantee import certify, losses, split, upper_bound
+from server.calibration.sweep import sweep
 from server.core import Engine, Floats
+from server.engines import load_engine
 from server.errors import EngineFailed, ServeError
 from server.frontend.images import ImageLimits, decode
+from server.settings import usable_cores
 
 Example = tuple[Path, int]  # image file, class id
 
@@ -162,10 +166,6 @@ def calibrate_folder(
     path: Path, images: Path, fraction: float, limit: int | None, promise: Promise | None = None
 ) -> Frontier:
     """`dvt calibrate`: the bundle at `path` on the image folder `images`. Raises BundleError and CalibrationError."""
-    # Imported where the engine is chosen: everything else here works without one.
-    from server.engines import load_engine
-    from server.settings import usable_cores
-
     bundle = Bundle.load(path, need_frontier=False)
     examples = read_image_folder(images, bundle.manifest.labels, fraction=fraction, limit=limit)
     threads = usable_cores()
@@ -217,8 +217,8 @@ def _some(labels: Sequence[str]) -> str:
 
 
 def _summary_rows(frontier: Frontier) -> Iterator[tuple[str, FrontierRow]]:
-    """What a reader wants of 257 rows: the best at 25, 50 and 75 % of the last exit's cost, and the knee."""
-    for share in (0.25, 0.5, 0.75):
+    """What a reader wants of 257 rows: the best at shares of the last exit's cost, and the knee."""
+    for share in SHARES:
         if row := frontier.by_gmacs(share * frontier.stage_gmacs[-1]):
             yield f"{share:.0%}", row
     yield "knee", frontier.knee

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records, budget_area, evaluate_thresholds
+import numpy as np
+
+from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records, evaluate_thresholds
 from server.calibration.families import geometric
 
-SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost
+SHARES = (0.25, 0.5, 0.75)  # of the last exit's cost: the budgets that tables show
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,21 @@ def evaluate(frontier: Frontier, records: Records) -> Evaluation:
         area=_area(swept, records, costs),
         geometric_area=_area(family, records, costs) if family else None,
     )
+
+
+def budget_area(rows: Sequence[FrontierRow], low: float, high: float) -> float:
+    """Mean accuracy over budgets from `low` to `high` GMAC: the area under the budget curve, divided by its width.
+
+    Between two rows the curve is a straight line (what mixing the two gives), beyond the last it is flat. `low` must
+    not be cheaper than the cheapest row.
+    """
+    ordered = sorted(rows, key=lambda row: (row.gmacs, row.accuracy))
+    costs = np.array([row.gmacs for row in ordered])
+    if not costs[0] <= low < high:
+        raise ValueError(f"budgets {low} to {high}: the cheapest row costs {costs[0]}")
+    best = np.maximum.accumulate([row.accuracy for row in ordered])
+    corners = np.unique(np.concatenate([[low, high], costs[(costs > low) & (costs < high)]]))
+    return float(np.trapezoid(np.interp(corners, costs, best), corners) / (high - low))
 
 
 def _points(rows: Sequence[FrontierRow], records: Records, costs: Sequence[float]) -> dict[str, FrontierRow]:

@@ -1,4 +1,5 @@
-"""Other ways to choose thresholds, kept for comparison with the frontier: nothing serves them. Only numbers here.
+"""Other ways to choose thresholds, kept for comparison with the sweep. Only numbers here. A server meets them only in a
+frontier that a published checkpoint brought along (`export.imported`).
 
 Legend: N images, E exits.
 """
@@ -10,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from server.bundle.frontier import NEVER, FrontierRow, Records, as_records, evaluate_thresholds
+from server.bundle.frontier import NEVER, FrontierRow, Records, evaluate_thresholds
+from server.calibration.sweep import as_records
 
 _POPULATION = 50
 _GENERATIONS = 60

@@ -25,6 +25,8 @@ from server.bundle.manifest import Bundle
 from server.bundle.profile import Identity, LatencyProfile, StageCost
 from server.calibration.every_stage import every_stage
 from server.core import Engine, Pixels
+from server.engines import load_engine
+from server.settings import usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -139,10 +141,6 @@ def kept_profile(bundle: Bundle, engine: Engine, executors: int) -> LatencyProfi
 
 def profile_bundle(path: Path, *, executors: int | None, seconds: float) -> LatencyProfile:
     """`dvt profile`: measure the bundle at `path` and write its profile.json. Raises BundleError and EngineFailed."""
-    # Imported where the engine is chosen: everything else here works without one.
-    from server.engines import load_engine
-    from server.settings import usable_cores
-
     bundle = Bundle.load(path, need_frontier=False)
     concurrency = executors or usable_cores()
     engine = load_engine(bundle)

@@ -1,4 +1,7 @@
-"""Engines run single stages of a cascade; `server.core.Engine` is their contract. `load_engine` makes the choice."""
+"""Engines run single stages of a cascade; `server.core.Engine` is their contract. `load_engine` makes the choice.
+
+What waits, and why a stage runs, is not known here.
+"""
 
 from __future__ import annotations
 

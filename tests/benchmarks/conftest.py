@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # `benchmarks` is not installed; it is run from the root folder
     sys.path.insert(0, str(ROOT))
 
-from server.bundle.frontier import sweep  # noqa: E402
 from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest  # noqa: E402
+from server.calibration.sweep import sweep  # noqa: E402
 
 SIDE = 32
 LABELS = ("red", "green", "blue")

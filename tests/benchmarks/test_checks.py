@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import drain, host_cpu, hostile, swaps
 from benchmarks.clients import Asked, Reply
-from benchmarks.harness import Report, Snapshot, Window
+from benchmarks.harness import ROOT, Report, Snapshot, Window
 from benchmarks.offline import Known, RawLoop, know_bundle, thresholds_for
 from benchmarks.photos import photo, photos
 from server.bundle.frontier import NEVER
@@ -116,16 +116,34 @@ def test_a_request_without_an_answer_is_put_where_it_belongs(sent: drain.Sent, k
 def test_stack_samples_go_to_the_innermost_part_that_is_known() -> None:
     loop = "thread (0x1): MainThread;run (asyncio/runners.py);data_received (uvicorn/protocols/http/httptools_impl.py)"
     stacks: Sequence[str] = (
-        f"{loop};classify (server/routes.py);inc (prometheus_client/metrics.py) 1",
+        f"{loop};classify (server/frontend/routes.py);inc (prometheus_client/metrics.py) 1",
         f"{loop} 2",
         "thread (0x1): MainThread;run (asyncio/runners.py) 1",
-        "thread (0x2): executor-1;run (threading.py);_execute (server/batcher.py);run (server/engines/onnx.py) 5",
+        "thread (0x2): executor-1;_execute (server/cascade/batcher.py);run (server/engines/onnx.py) 5",
         "thread (0x3): asyncio_0;run (threading.py) 9",
     )
     shares = host_cpu.shares("\n".join(stacks))
     assert shares["loop"] == {"metrics": 0.25, "HTTP protocol": 0.5, "asyncio, uvloop": 0.25}
     assert shares["executor"] == {"engine: gather, slots": 1.0}
     assert "other" not in shares
+
+
+@pytest.mark.parametrize(
+    ("group", "rooms"),
+    [
+        ("loop", ("frontend", "cascade", "budget")),
+        ("executor", ("cascade", "engines")),
+        ("decode", ("frontend/images.py", "frontend/decoding.py")),
+    ],
+)
+def test_every_file_that_a_thread_runs_belongs_to_a_part(group: str, rooms: Sequence[str]) -> None:
+    for room in rooms:
+        place = ROOT / "server" / room
+        files = sorted(place.glob("*.py")) or [place]
+        assert all(file.is_file() for file in files)
+        for file in files:
+            frame = f"run ({file.relative_to(ROOT)})"
+            assert host_cpu.bucket_of([frame], host_cpu.BUCKETS[group]) != "other", frame
 
 
 def test_a_window_counts_what_came_between_two_readings() -> None:

@@ -26,8 +26,9 @@ from benchmarks.virtual import Fate, Setup, Simulation, Ticks, Trace
 from server.budget.controller import BudgetController
 from server.budget.store import MemoryStore
 from server.budget.store import Policy as Target
-from server.bundle.frontier import NEVER, sweep
+from server.bundle.frontier import NEVER
 from server.bundle.profile import LatencyProfile
+from server.calibration.sweep import sweep
 from server.cascade.scheduler import deepest_first
 from server.core import OperatingPoint
 

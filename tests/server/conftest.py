@@ -19,8 +19,8 @@ import uvloop
 from PIL import Image
 
 from server.app import create_app
-from server.bundle.frontier import sweep
 from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
+from server.calibration.sweep import sweep
 from server.core import Pixels
 from server.engines.fake import FakeEngine
 from server.frontend import listener

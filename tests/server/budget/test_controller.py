@@ -17,10 +17,12 @@ import pytest
 from numpy.typing import NDArray
 
 from server.budget.control import Machine
-from server.budget.controller import AIM_BAND, DEFAULT_SLACK, WINDOW, BudgetController, CostLoop, solve
+from server.budget.controller import AIM_BAND, DEFAULT_SLACK, WINDOW, BudgetController, solve
+from server.budget.loops import CostLoop
 from server.budget.store import FileStore, MemoryStore, Policy
-from server.bundle.frontier import Frontier, sweep, upper_hull
+from server.bundle.frontier import Frontier, upper_hull
 from server.bundle.profile import LatencyProfile, LiveProfile
+from server.calibration.sweep import sweep
 from server.cascade.scheduler import Load
 from server.core import Answer, ImageResult, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
@@ -533,50 +535,6 @@ async def test_images_that_the_thresholds_did_not_decide_do_not_move_them(
         budget.observe(one, 0.01, steered=how.get("steered", False))
     assert budget.point.thresholds == before
     assert budget.state().observed.images == 5000
-
-
-def loop_at(frontier: Frontier, gmacs: float) -> CostLoop:
-    return CostLoop(frontier, gmacs)
-
-
-def test_the_loop_moves_at_the_end_of_a_block_and_by_sixteen_rows_at_most(frontier: Frontier) -> None:
-    loop = loop_at(frontier, 1.0)
-    rows = [loop.row]
-    for _ in range(12 * CostLoop.BLOCK):
-        loop.observe(GMACS[2])
-        rows.append(loop.row)
-    steps = np.diff(rows)
-    moved = np.flatnonzero(steps) + 1
-    assert np.all(moved % CostLoop.BLOCK == 0)
-    assert np.abs(steps).max() == CostLoop.MAX_STEP
-    assert loop.row == 0
-
-
-def test_the_loop_stays_put_within_one_percent(frontier: Frontier) -> None:
-    loop = loop_at(frontier, 1.0)
-    assert not any(loop.observe(1.0 + 0.009 * (-1) ** n) for n in range(20 * CostLoop.BLOCK))
-    assert not any(loop.observe(1.009) for _ in range(20 * CostLoop.BLOCK))
-
-
-def test_the_loop_does_not_wind_up_while_it_is_stuck_at_an_end(frontier: Frontier) -> None:
-    def blocks_to_leave(blocks_stuck: int) -> int:
-        loop = loop_at(frontier, 1.0)
-        for _ in range(blocks_stuck * CostLoop.BLOCK):
-            loop.observe(GMACS[0])  # so easy that even the knee costs too little
-        assert loop.row == len(frontier.rows) - 1
-        for block in range(1, 100):
-            for _ in range(CostLoop.BLOCK):
-                loop.observe(GMACS[2])
-            if loop.row < len(frontier.rows) - 1:
-                return block
-        pytest.fail("never left the end")
-
-    assert blocks_to_leave(1000) == blocks_to_leave(40) <= 5
-
-
-def test_a_clamped_budget_rests_at_the_knee(frontier: Frontier) -> None:
-    loop = loop_at(frontier, 50.0)
-    assert not any(loop.observe(GMACS[2]) for _ in range(50 * CostLoop.BLOCK))
 
 
 # -- latency targets and overload, with what batches take as stated

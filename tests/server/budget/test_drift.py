@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from server.budget.controller import CostLoop
 from server.budget.drift import ENOUGH, POINTS, WINDOW, Drift, bins_of, quantile_edges
-from server.bundle.frontier import Frontier, FrontierRow, Records, sweep
+from server.budget.loops import CostLoop
+from server.bundle.frontier import Frontier, FrontierRow, Records
+from server.calibration.sweep import sweep
 from server.core import Answer, Floats, ImageResult, OperatingPoint
 
 GMACS = (0.5, 1.0, 2.0)
@@ -112,7 +113,7 @@ def test_another_operating_point_changes_what_is_expected_and_not_what_was_seen(
 def test_the_exits_tell_while_the_cost_loop_walks(frontier: Frontier, harder: float, alarms: bool) -> None:
     """It moves on before one operating point has seen images enough, and the cost is the wanted one throughout."""
     for seed in range(1, 6):
-        loop = CostLoop(frontier, 0.8)
+        loop = CostLoop([row.gmacs for row in frontier.rows], 0.8)
         watch = Watch(frontier, loop.row)
         moves, spent = 0, 0.0
         for images in np.array_split(traffic(12_000, seed, harder)[0], 40, axis=1):

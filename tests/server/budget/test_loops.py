@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from server.budget.loops import (
     KAPPA,
     Brownout,
+    CostLoop,
     LatencyLoop,
     Rate,
     affordable_load,
@@ -58,6 +59,47 @@ def test_a_burst_after_a_silence_is_no_rate_yet():
         assert rate.tick(start + 0.05) == pytest.approx(64, rel=0.05), "64 in the last second, not 1,280"
         rate.rest()
         assert rate.value == 0
+
+
+class TestCostLoop:
+    GMACS = np.linspace(0.47, 2.31, 257).tolist()  # of the rows
+
+    def test_it_moves_at_the_end_of_a_block_and_by_sixteen_rows_at_most(self):
+        loop = CostLoop(self.GMACS, 1.0)
+        rows = [loop.row]
+        for _ in range(12 * CostLoop.BLOCK):
+            loop.observe(self.GMACS[-1])
+            rows.append(loop.row)
+        steps = np.diff(rows)
+        moved = np.flatnonzero(steps) + 1
+        assert np.all(moved % CostLoop.BLOCK == 0)
+        assert np.abs(steps).max() == CostLoop.MAX_STEP
+        assert loop.row == 0
+
+    def test_it_stays_put_within_one_percent(self):
+        loop = CostLoop(self.GMACS, 1.0)
+        assert not any(loop.observe(1.0 + 0.009 * (-1) ** n) for n in range(20 * CostLoop.BLOCK))
+        assert not any(loop.observe(1.009) for _ in range(20 * CostLoop.BLOCK))
+
+    def test_it_does_not_wind_up_while_it_is_stuck_at_an_end(self):
+        def blocks_to_leave(blocks_stuck: int) -> int:
+            loop = CostLoop(self.GMACS, 1.0)
+            for _ in range(blocks_stuck * CostLoop.BLOCK):
+                loop.observe(self.GMACS[0])  # so easy that even the dearest row costs too little
+            assert loop.row == len(self.GMACS) - 1
+            for block in range(1, 100):
+                for _ in range(CostLoop.BLOCK):
+                    loop.observe(self.GMACS[-1])
+                if loop.row < len(self.GMACS) - 1:
+                    return block
+            pytest.fail("never left the end")
+
+        assert blocks_to_leave(1000) == blocks_to_leave(40) <= 5
+
+    def test_a_budget_beyond_the_end_rests_at_the_dearest_row(self):
+        loop = CostLoop(self.GMACS, 50.0)
+        assert not any(loop.observe(self.GMACS[-1]) for _ in range(50 * CostLoop.BLOCK))
+        assert loop.row == len(self.GMACS) - 1
 
 
 class TestLatencyLoop:

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from server.budget.controller import CostLoop, solve
+from server.budget.controller import solve
+from server.budget.loops import CostLoop
 from server.budget.preview import post_stratify, preview
-from server.bundle.frontier import Frontier, Records, evaluate_thresholds, sweep
+from server.bundle.frontier import Frontier, Records, evaluate_thresholds
+from server.calibration.sweep import sweep
 from server.core import Floats, OperatingPoint
 
 GMACS = (0.5, 1.0, 2.0)
@@ -59,7 +61,7 @@ def test_where_a_cost_is_held_it_tells_what_holding_it_comes_to(
     confidence, correct = traffic(20_000, 1, harder)
     solution = solve(frontier, target)
     assert solution.held_gmacs is not None
-    loop, exits = CostLoop(frontier, solution.held_gmacs), []
+    loop, exits = CostLoop([row.gmacs for row in frontier.rows], solution.held_gmacs), []
     for image in confidence[:2].T.tolist():
         thresholds = frontier.rows[loop.row].thresholds
         exits.append(0 if image[0] >= thresholds[0] else 1 if image[1] >= thresholds[1] else 2)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.bundle.frontier import Frontier, sweep
+from server.bundle.frontier import Frontier
 from server.bundle.manifest import Bundle, Manifest, Preprocessing, StageSpec, TensorSpec, write_manifest
+from server.calibration.sweep import sweep
 from server.errors import BundleError
 
 GMACS = (0.1, 0.25, 0.6)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.cascades import synthetic
 from benchmarks.exact import exact_best
-from server.bundle.frontier import budget_area, sweep
+from server.bundle.frontier import FrontierRow
+from server.calibration.evaluate import budget_area
 from server.calibration.families import genetic, geometric
-from tests.server.bundle.test_frontier import GMACS, synthetic
+from server.calibration.sweep import sweep
+
+GMACS = (0.47, 1.1, 2.31)
 
 
 def test_the_geometric_family_moves_from_the_first_exit_to_the_last_and_never_beats_the_frontier() -> None:
-    confidence, correct = synthetic(5000)
-    family = geometric(confidence, correct, GMACS)
-    frontier = sweep(confidence, correct, GMACS, bins=5000)
+    records = synthetic(5000)
+    family = geometric(records.confidence, records.correct, GMACS)
+    frontier = sweep(records.confidence, records.correct, GMACS, bins=5000)
     assert len(family) == 59
     first, last = family[0].exit_fractions, family[-1].exit_fractions
     assert first[0] > 0.9
@@ -27,15 +31,28 @@ def test_the_geometric_family_moves_from_the_first_exit_to_the_last_and_never_be
 
 @pytest.mark.parametrize("budget", [0.8, 1.2, 2.0])
 def test_the_genetic_algorithm_comes_near_the_optimum_within_its_budget(budget: float) -> None:
-    confidence, correct = synthetic(2000)
-    row = genetic(confidence, correct, GMACS, budget)
-    best = exact_best(confidence, correct, GMACS, budget)
+    records = synthetic(2000)
+    row = genetic(records.confidence, records.correct, GMACS, budget)
+    best = exact_best(records.confidence, records.correct, GMACS, budget)
     assert best is not None
     assert row.gmacs <= budget
     assert best - 0.015 <= row.accuracy <= best
-    assert genetic(confidence, correct, GMACS, budget) == row, "the same seed, the same row"
+    assert genetic(records.confidence, records.correct, GMACS, budget) == row, "the same seed, the same row"
 
 
 def test_the_genetic_algorithm_lets_all_leave_at_once_where_nothing_else_can_be_paid() -> None:
-    confidence, correct = synthetic(300)
-    assert genetic(confidence, correct, GMACS, GMACS[0]).exit_fractions == (1.0, 0.0, 0.0)
+    records = synthetic(300)
+    assert genetic(records.confidence, records.correct, GMACS, GMACS[0]).exit_fractions == (1.0, 0.0, 0.0)
+
+
+def test_the_area_under_the_budget_curve_is_a_mean_accuracy() -> None:
+    def row(gmacs: float, accuracy: float) -> FrontierRow:
+        return FrontierRow((0.0, 0.0), accuracy, 0.0, gmacs, (1.0, 0.0))
+
+    rows = [row(1.0, 0.5), row(2.0, 0.7)]
+    assert budget_area(rows, 1.0, 2.0) == pytest.approx(0.6)
+    assert budget_area(rows, 1.0, 3.0) == pytest.approx(0.65)
+    assert budget_area([*rows, row(3.0, 0.6)], 1.0, 3.0) == pytest.approx(0.65), "a worse row takes nothing away"
+    assert budget_area(rows, 1.5, 2.0) == pytest.approx(0.65)
+    with pytest.raises(ValueError, match="cheapest row costs"):
+        budget_area(rows, 0.5, 2.0)

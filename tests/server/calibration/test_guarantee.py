@@ -9,20 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bundle.frontier import Frontier, Records, sweep
+from benchmarks.cascades import synthetic
+from server.bundle.frontier import Frontier, Records
 from server.calibration.guarantee import certify, losses, split, upper_bound
+from server.calibration.sweep import sweep
 
 GMACS = (0.5, 1.5, 3.5)
 POPULATION = 200_000
-
-
-def draw(samples: int, seed: int) -> Records:
-    """Images of normal difficulty; deeper exits are better, and surer."""
-    rng = np.random.default_rng(seed)
-    ease = rng.normal(size=samples)
-    depth = np.arange(3)[:, None]
-    confidence = 1 / (1 + np.exp(-(ease * (1.2 + 0.2 * depth) + 1 + 0.6 * depth + rng.normal(size=(3, samples)) * 0.6)))
-    return Records(confidence[:-1].astype(np.float32), rng.random((3, samples)) < confidence)
 
 
 def solved(records: Records) -> Frontier:
@@ -30,11 +23,11 @@ def solved(records: Records) -> Frontier:
 
 
 def test_the_promise_is_broken_no_more_often_than_it_says():
-    population = draw(POPULATION, seed=10**6)
+    population = synthetic(POPULATION, seed=10**6)
     delta, broken, certified = 0.1, 0, 0
     resamples = 200
     for seed in range(resamples):
-        solving, testing = split(draw(3000, seed))
+        solving, testing = split(synthetic(3000, seed))
         frontier = solved(solving)
         certificate = certify(frontier.rows, testing, 0.02, 1 - delta)
         if certificate is not None:
@@ -47,10 +40,10 @@ def test_the_promise_is_broken_no_more_often_than_it_says():
 
 def test_a_row_chosen_by_its_observed_loss_breaks_it_far_more_often():
     """What the test is for."""
-    population = draw(POPULATION, seed=10**6)
+    population = synthetic(POPULATION, seed=10**6)
     broken = 0
     for seed in range(60):
-        _, testing = split(draw(3000, seed))
+        _, testing = split(synthetic(3000, seed))
         for row in solved(testing).rows:  # cheapest first
             if losses(testing, row.thresholds).mean() <= 0.02:
                 broken += losses(population, row.thresholds).mean() > 0.02
@@ -59,7 +52,7 @@ def test_a_row_chosen_by_its_observed_loss_breaks_it_far_more_often():
 
 
 def test_certified_rows_save_work_and_a_looser_promise_saves_more():
-    solving, testing = split(draw(20_000, seed=1))
+    solving, testing = split(synthetic(20_000, seed=1))
     rows = solved(solving).rows
     costs = [certify(rows, testing, loss, 0.95).gmacs for loss in (0.005, 0.01, 0.03)]
     assert costs == sorted(costs, reverse=True)
@@ -67,14 +60,14 @@ def test_certified_rows_save_work_and_a_looser_promise_saves_more():
 
 
 def test_too_few_images_certify_nothing():
-    solving, testing = split(draw(120, seed=1))
+    solving, testing = split(synthetic(120, seed=1))
     assert certify(solved(solving).rows, testing, 0.01, 0.95) is None
 
 
 @pytest.mark.parametrize(("loss", "confidence"), [(0.0, 0.9), (1.0, 0.9), (0.1, 1.0), (0.1, 0.0), (math.nan, 0.9)])
 def test_a_promise_that_cannot_be_is_refused(loss: float, confidence: float):
     with pytest.raises(ValueError, match="between 0 and 1"):
-        certify((), draw(10, 0), loss, confidence)
+        certify((), synthetic(10, 0), loss, confidence)
 
 
 def test_an_image_loses_what_the_last_exit_knew_and_its_own_did_not():
@@ -99,7 +92,7 @@ def test_the_upper_bound_tightens_with_more_images():
 
 
 def test_halves_share_no_image():
-    records = draw(501, seed=3)
+    records = synthetic(501, seed=3)
     solving, testing = split(records)
     assert solving.correct.shape[1] + testing.correct.shape[1] == 501
     together = np.concatenate([solving.confidence, testing.confidence], axis=1)

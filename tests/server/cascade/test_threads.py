@@ -1,3 +1,5 @@
+"""Executor threads step back behind the event loop, each for itself."""
+
 from __future__ import annotations
 
 import os

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from server import engines
 from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
 from server.core import Engine, Pixels, Slot, StageBatch, StageOutput
 from server.engines import load_engine
@@ -94,7 +95,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-@pytest.fixture(params=["fake", "onnx"])
+ENGINES = ("fake", "onnx")  # modules of server.engines
+
+
+@pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Engine]:
     engine: Engine = FakeEngine() if request.param == "fake" else load_engine(bundle)
     yield engine
@@ -129,6 +133,11 @@ def all_stages(engine: Engine, images: Sequence[Pixels]) -> Traces:
     said.append(then(engine, 2, images, said[-1].slots))
     said.append(then(engine, 3, images, said[-1].slots, LEAVE))
     return Traces(np.stack([s.probabilities for s in said]), np.stack([s.confidence for s in said]))
+
+
+def test_every_engine_is_held_to_it() -> None:
+    modules = {file.stem for file in Path(engines.__file__).parent.glob("*.py")}
+    assert modules - {"__init__", "slots"} == set(ENGINES)
 
 
 def test_it_describes_itself(engine: Engine):
