@@ -23,7 +23,7 @@ from server.budget.control import Machine
 from server.budget.controller import BudgetController, BudgetState
 from server.budget.drift import Drift
 from server.budget.loops import Brownout
-from server.budget.store import FileStore, MemoryStore, PolicyStore
+from server.budget.store import FileStore, MemoryStore, PolicyStore, StateInUse
 from server.bundle.frontier import FrontierRow, with_ms
 from server.bundle.manifest import Bundle
 from server.bundle.profile import LiveProfile
@@ -37,6 +37,7 @@ from server.frontend.bodies import BodyLimits, Intake
 from server.frontend.connection import ConnectionLimits, Connections
 from server.frontend.decoding import Decoder
 from server.frontend.images import ImageLimits
+from server.frontend.token import ControlToken
 from server.metrics import Metrics
 from server.settings import Settings, SettingsError
 
@@ -68,7 +69,7 @@ class Service:
         self.phase = Phase.STARTING
         self.exits = len(manifest.stages)
         self.stage_gmacs = manifest.stage_gmacs
-        self.control_token = _read_token(settings.control_token_file)
+        self.control_token = _control_token(settings.control_token_file)
         self.metrics = Metrics(
             model=manifest.name, version=manifest.version, release=release(), stage_gmacs=manifest.stage_gmacs
         )
@@ -238,6 +239,7 @@ class Service:
     async def drain(self, timeout_s: float) -> None:
         """Take no new work and answer what was accepted; what the timeout finds is answered with what is known."""
         self.phase = Phase.DRAINING
+        self.budget.release()
         await self.audit.close()
         until = self.clock() + timeout_s
         try:
@@ -257,13 +259,24 @@ class Service:
         await self.decoder.close()
         await self.batcher.close()
         await self.budget.close()
+        self.budget.release()
 
 
 def _store(settings: Settings, bundle: Bundle) -> PolicyStore:
     """Keyed by the bundle: a budget that was chosen for one model says nothing of another."""
     if settings.state_dir is None:
         return MemoryStore()
-    return FileStore(settings.state_dir / f"budget-{bundle.manifest.version}.json")
+    try:
+        return FileStore(settings.state_dir / f"budget-{bundle.manifest.version}.json")
+    except StateInUse as error:
+        raise SettingsError(f"{error}: give each a DVT_STATE_DIR of its own, or an empty one") from None
+
+
+def _control_token(file: Path | None) -> ControlToken:
+    try:
+        return ControlToken(file)
+    except ValueError as error:
+        raise SettingsError(f"bad setting DVT_CONTROL_TOKEN_FILE={str(file)!r}: {error}") from None
 
 
 def _batch_sizes(settings: Settings, bundle: Bundle, engine: Engine) -> tuple[int, ...]:
@@ -278,18 +291,6 @@ def _batch_sizes(settings: Settings, bundle: Bundle, engine: Engine) -> tuple[in
             f"bad setting DVT_MAX_BATCH_SIZES: {len(sizes)} sizes, but the model has {engine.num_stages} stages"
         )
     return sizes
-
-
-def _read_token(file: Path | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        token = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"bad setting DVT_CONTROL_TOKEN_FILE={str(file)!r}: {error}") from None
-    if not token:
-        raise SettingsError(f"bad setting DVT_CONTROL_TOKEN_FILE={str(file)!r}: the file is empty")
-    return token
 
 
 def _describe_frontier(bundle: Bundle, rows: Sequence[FrontierRow]) -> dict[str, Any]:

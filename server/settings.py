@@ -49,11 +49,15 @@ def _quota_v1(folder: Path) -> float | None:
         return None
 
 
-def default_state_dir() -> Path:
-    """`$XDG_STATE_HOME/dvt-serve`, by default `~/.local/state/dvt-serve` (XDG base directory specification)."""
+def default_state_dir() -> Path | None:
+    """`$XDG_STATE_HOME/dvt-serve`, by default `~/.local/state/dvt-serve` (XDG base directory specification). None, in
+    memory only, for a user without a home, as containers have."""
     base = os.environ.get("XDG_STATE_HOME") or ""
-    # The specification says that a relative path is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "dvt-serve"
+    try:
+        # The specification says that a relative path is to be ignored.
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "dvt-serve"
+    except RuntimeError:
+        return None
 
 
 def is_loopback(host: str) -> bool:

@@ -374,7 +374,7 @@ class BudgetController:
         try:
             return policy.version, solve(self._frontier, policy.target, policy.hold, policy.mix, self._machine)
         except (BudgetInfeasible, InvalidRequest) as error:
-            log.warning("the stored budget %s does not fit this bundle, the default is used: %s", policy, error.detail)
+            log.warning("the stored budget does not fit this bundle, the default is used: %s", error.detail)
             # Another target, so another version: an ETag names one budget only.
             return policy.version + 1, default_solution(self._frontier)
 
@@ -388,6 +388,10 @@ class BudgetController:
             log.warning("the budget would not outlive a power failure: %s", error.detail)
         finally:
             self._syncing = None
+
+    def release(self) -> None:
+        """Store no budget any more: the next server may own the state from now on."""
+        self._store.close()
 
     async def close(self) -> None:
         """Wait until what was stored is on the disk."""

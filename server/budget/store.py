@@ -1,7 +1,12 @@
-"""Where the budget outlives the process: the operator's target, never what a controller made of it."""
+"""Where the budget outlives the process: the operator's target, never what a controller made of it.
+
+A folder of state has one owner: two servers would both hand out the next version. It is locked for as long as budgets
+may be stored, by a lock that the kernel gives back however the process ends.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -12,7 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from server.documents import SOUND_INTEGER, cause, parse_json, read_file
 from server.errors import StoreUnavailable
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +36,13 @@ class Policy:
     target: Mapping[str, Any]
     hold: str
     mix: bool = False
+
+
+_MOST = 64 * 1024  # bytes of a policy; PUT takes 16 KiB
+
+
+class StateInUse(Exception):
+    """Another server owns the state. The message is one line."""
 
 
 class PolicyStore(Protocol):
@@ -44,6 +62,10 @@ class PolicyStore(Protocol):
         """Make what was saved last outlive a power failure. May take long. Raises StoreUnavailable; it stays saved."""
         ...
 
+    def close(self) -> None:
+        """Nothing is saved any more: another server may own the state. May be called twice."""
+        ...
+
 
 class MemoryStore:
     """Forgets with the process."""
@@ -60,6 +82,9 @@ class MemoryStore:
     def sync(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 class FileStore:
     """Two JSON files. `save` writes `<name>.new`, which any later process reads; `sync` then replaces `<name>` and
@@ -71,9 +96,12 @@ class FileStore:
     """
 
     def __init__(self, path: Path | str) -> None:
+        """Raises StateInUse. A folder that cannot be made or written to is no reason not to start: then nothing can be
+        stored, and whoever tries is told."""
         self.path = Path(path)
         self._new = self.path.with_name(f"{self.path.name}.new")
         self._saved = ""
+        self._lock = _lock(self.path.with_name(f"{self.path.name}.lock"))
 
     def load(self) -> Policy | None:
         policies, errors = [], []
@@ -106,31 +134,65 @@ class FileStore:
         except OSError as error:
             log.warning("%s: the folder could not be synced: %s", self.path.parent, error)
 
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor that holds the lock; None where there is none to be had. Raises StateInUse."""
+    if fcntl is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        log.warning("budgets cannot be stored: %s: %s", path.parent, cause(error))
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise StateInUse(f"{path.parent} belongs to another server that runs") from None
+        log.warning("%s cannot be locked, and must have one server only: %s", path.parent, cause(error))
+        return None
+    return descriptor
+
 
 def _read(path: Path) -> Policy:
     """Raises FileNotFoundError and StoreUnavailable."""
     try:
-        document, _ = json.JSONDecoder().raw_decode(path.read_text("utf-8").lstrip())  # what follows is an older one's
+        content = read_file(path, _MOST)
+        document = parse_json(content.partition(b"\n")[0])  # what follows the first line is an older one's
         version, target, hold = document["version"], document["target"], document["hold"]
         mix = document.get("mix", False)  # files of earlier releases have none
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreUnavailable(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError) as error:
+        raise StoreUnavailable(f"{path}: {cause(error)}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise StoreUnavailable(f"{path}: does not hold a budget") from None
     sound = isinstance(target, dict) and isinstance(hold, str) and isinstance(mix, bool)
-    if type(version) is not int or version < 1 or not sound:
+    if type(version) is not int or not 1 <= version < SOUND_INTEGER or not sound:
         raise StoreUnavailable(f"{path}: does not hold a budget")
     return Policy(version, target, hold, mix)
 
 
 def _overwrite(path: Path, text: str) -> None:
-    """The file begins with the text, what was longer before stays behind it. Raises StoreUnavailable."""
+    """The file begins with the text, what was longer before stays behind it. Raises StoreUnavailable.
+
+    What was written in part is cut off, so that no later process takes it for a budget: `<name>` counts then.
+    """
     line = f"{text}\n".encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         try:
             written = os.write(descriptor, line)
+            if written < len(line):
+                os.ftruncate(descriptor, 0)
         finally:
             os.close(descriptor)
     except OSError as error:

@@ -17,16 +17,20 @@ as well as in float64: it makes no difference in which of the two an engine comp
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
+import orjson
 from numpy.typing import ArrayLike, NDArray
+
+from server.documents import parse_json, shown
 
 FORMAT_VERSION = 1
 Criterion = Literal["max_probability", "entropy"]
@@ -163,34 +167,36 @@ class Frontier:
             "exit_accuracy": self.exit_accuracy,
             "certificate": asdict(self.certificate) if self.certificate else None,
         }
+        rows, records = [asdict(row) for row in self.rows], _describe_records(self.records)
+        head["sha256"] = _digest({**head, "rows": rows, "records": records})
         lines = [f'"{name}": {_dump(value)},' for name, value in head.items()]
-        lines += ['"rows": [', ",\n".join(_dump(asdict(row)) for row in self.rows), "],"]
-        lines += [f'"records": {_dump(_describe_records(self.records))}']
+        lines += ['"rows": [', ",\n".join(map(_dump, rows)), "],"]
+        lines += [f'"records": {_dump(records)}']
         return "{\n" + "\n".join(lines) + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Frontier:
+    def from_json(cls, content: bytes | str) -> Frontier:
         """Raises ValueError, with the cause in one line, for anything but a sound frontier."""
+        document = parse_json(content.encode() if isinstance(content, str) else content)
         try:
-            document = json.loads(text)
             found = document["format_version"]
-            if found != FORMAT_VERSION:
-                raise ValueError(f"format version {found!r}, this server reads {FORMAT_VERSION}")
+            if type(found) is not int or found != FORMAT_VERSION:
+                raise ValueError(f"format version {shown(found)}, this server reads {FORMAT_VERSION}")
+            if document.pop("sha256", None) != _digest(document):
+                raise ValueError("its sha256 does not fit: it was changed since it was calibrated; see: dvt calibrate")
             stage_gmacs = tuple(map(float, document["stage_gmacs"]))
             frontier = cls(
                 rows=tuple(_parserow_of(row) for row in document["rows"]),
                 stage_gmacs=stage_gmacs,
-                samples=int(document["samples"]),
+                samples=_whole(document["samples"]),
                 key=str(document["key"]),
                 exit_accuracy=tuple(map(float, document["exit_accuracy"])),
                 records=_parse_records(document["records"], len(stage_gmacs)),
                 criterion=str(document["criterion"]),
-                source=document.get("source", "calibration"),
-                certificate=_parse_certificate(document.get("certificate")),
+                source=document["source"],
+                certificate=_parse_certificate(document["certificate"]),
             )
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not readable as JSON ({error})") from None
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a frontier ({type(error).__name__}: {error})") from None
         frontier._check()
         return frontier
@@ -198,6 +204,8 @@ class Frontier:
     def _check(self) -> None:
         if not self.rows:
             raise ValueError("no rows")
+        if not all(map(math.isfinite, (*self.stage_gmacs, *self.exit_accuracy))) or self.samples < 0:
+            raise ValueError("costs, accuracies or samples are no sound numbers")
         exits = self.num_exits
         for number, row in enumerate(self.rows):
             lower = row.accuracy if row.accuracy_lower is None else row.accuracy_lower
@@ -211,7 +219,7 @@ class Frontier:
         if len(self.exit_accuracy) != exits:
             raise ValueError(f"exit_accuracy does not have {exits} values")
         if self.source not in get_args(Source):
-            raise ValueError(f"source {self.source!r} is none of {', '.join(get_args(Source))}")
+            raise ValueError(f"source {shown(self.source)} is none of {', '.join(get_args(Source))}")
 
 
 def with_ms(rows: Sequence[FrontierRow], stage_ms: Sequence[float]) -> tuple[FrontierRow, ...]:
@@ -324,6 +332,17 @@ def _parse_records(document: dict[str, Any] | None, exits: int) -> Records | Non
         raise ValueError(f"records: sizes do not fit {count} images and {exits} exits")
     correct = np.unpackbits(bits, count=exits * count).astype(bool)
     return Records(confidence.astype(np.float32).reshape(exits - 1, count), correct.reshape(exits, count))
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{shown(value)} is not a whole number")
+    return value
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """Of what a document says, however it is laid out."""
+    return hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _encode(data: bytes) -> str:

@@ -5,10 +5,10 @@
     frontier.json   the calibration, see `server.bundle.frontier`
     profile.json    where it was measured: what batches take on one machine, see `server.bundle.profile`
 
-The frontier is not hashed in the manifest and not part of the version: calibration replaces that one file, in one
-atomic step, without a new export. What ties it to its stages is its key: version, precision and preprocessing, and it
-must fit exactly. So is the profile, whose identity also names the machine; one that was measured on another is read,
-and it is for the server not to use it.
+The frontier carries its own hash and is not part of the version: calibration replaces that one file, in one atomic
+step, without a new export. What ties it to its stages is its key: version, precision and preprocessing, and it must fit
+exactly. So is the profile, whose identity also names the machine; one that was measured on another is read, and it is
+for the server not to use it.
 
 Every path in a manifest is resolved inside the bundle's folder, without `..` and without symbolic links. Nothing is
 unpickled.
@@ -31,12 +31,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from server.bundle.frontier import Criterion, Frontier
 from server.bundle.profile import LatencyProfile
+from server.documents import cause, parse_json, read_file, shown
 from server.errors import BundleError
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 FRONTIER = "frontier.json"
 PROFILE = "profile.json"
+# Bytes, of files that are read whole: room for tens of thousands of labels, and for a hundred thousand records.
+_MAX_MANIFEST, _MAX_FRONTIER, _MAX_PROFILE = 16 * 2**20, 64 * 2**20, 4 * 2**20
 EMBEDDED = Path(__file__).resolve().parents[1] / "bundles" / "photo10"
 """The bundle that is served when none is named."""
 
@@ -167,8 +170,8 @@ class Bundle:
         make what follows from the stages: the frontier and the profile that may lie there are not read.
         """
         root = Path(path)
-        if not root.is_dir():
-            raise BundleError(f"{root}: no such folder")
+        if not os.path.isdir(root):  # Path.is_dir raises for what can be no path
+            raise BundleError(f"{shown(str(root))[1:-1]}: no such folder")
         root = root.resolve()
         manifest = _read_manifest(root)
         for stage in manifest.stages:
@@ -258,12 +261,12 @@ def _version(stages: Sequence[StageSpec], preprocessing: PreprocessingSpec) -> s
 def _read_manifest(root: Path) -> Manifest:
     file = _resolve(root, MANIFEST)
     try:
-        document = json.loads(file.read_bytes())
+        document = parse_json(read_file(file, _MAX_MANIFEST))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{file}: not readable as JSON ({error})") from None
+        raise BundleError(f"{file}: {cause(error)}") from None
     found = document.get("format_version") if isinstance(document, dict) else None
     if found != FORMAT_VERSION:  # first of all: the other fields of another format say nothing
-        raise BundleError(f"{file}: format version {found!r}, this server reads {FORMAT_VERSION}")
+        raise BundleError(f"{file}: format version {shown(found)}, this server reads {FORMAT_VERSION}")
     try:
         return Manifest.model_validate(document)
     except ValidationError as error:
@@ -275,21 +278,22 @@ def _read_frontier(root: Path, manifest: Manifest) -> Frontier:
         raise BundleError(f"{root / FRONTIER}: is missing; calibrate the bundle first (dvt calibrate)")
     file = _resolve(root, FRONTIER)
     try:
-        frontier = Frontier.from_json(file.read_text(encoding="utf-8"))
+        frontier = Frontier.from_json(read_file(file, _MAX_FRONTIER))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{file}: {error}") from None
+        raise BundleError(f"{file}: {cause(error)}") from None
     _check_frontier(file, frontier, manifest)
     return frontier
 
 
 def _check_frontier(file: Path, frontier: Frontier, manifest: Manifest) -> None:
     if frontier.key != manifest.frontier_key:
-        raise BundleError(f"{file}: calibrated for {frontier.key!r}, the bundle is {manifest.frontier_key!r}")
+        raise BundleError(f"{file}: calibrated for {shown(frontier.key)}, the bundle is {manifest.frontier_key!r}")
     if frontier.criterion != manifest.criterion:
-        raise BundleError(f"{file}: its confidence is {frontier.criterion}, the bundle's is {manifest.criterion}")
+        found = shown(frontier.criterion).strip("'")
+        raise BundleError(f"{file}: its confidence is {found}, the bundle's is {manifest.criterion}")
     if frontier.stage_gmacs != manifest.stage_gmacs:
         raise BundleError(
-            f"{file}: stage gmacs {list(frontier.stage_gmacs)}, the manifest says {list(manifest.stage_gmacs)}"
+            f"{file}: stage gmacs {shown(frontier.stage_gmacs)}, the manifest says {shown(manifest.stage_gmacs)}"
         )
 
 
@@ -298,9 +302,9 @@ def _read_profile(root: Path, manifest: Manifest) -> LatencyProfile | None:
         return None
     file = _resolve(root, PROFILE)
     try:
-        profile = LatencyProfile.from_json(file.read_text(encoding="utf-8"))
+        profile = LatencyProfile.from_json(read_file(file, _MAX_PROFILE))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{file}: {error}") from None
+        raise BundleError(f"{file}: {cause(error)}") from None
     _check_profile(file, profile, manifest)
     return profile
 
@@ -315,14 +319,14 @@ def _resolve(root: Path, name: str) -> Path:
     """The regular file `name` inside `root`. Raises BundleError for anything else, links included."""
     relative = PurePosixPath(name)
     if not relative.parts or relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
-        raise BundleError(f"{root / MANIFEST}: {name!r} is not a path inside the bundle")
+        raise BundleError(f"{root / MANIFEST}: {shown(name)} is not a path inside the bundle")
     file = root
     for part in relative.parts:
         file = file / part
         try:
             mode = file.lstat().st_mode
         except OSError as error:
-            raise BundleError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from None
+            raise BundleError(f"{file}: {cause(error)}") from None
         if stat.S_ISLNK(mode):
             raise BundleError(f"{file}: is a symbolic link")
     if not stat.S_ISREG(mode):
@@ -335,7 +339,7 @@ def _sha256(file: Path) -> str:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise BundleError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from None
+        raise BundleError(f"{file}: {cause(error)}") from None
 
 
 def _write_atomically(file: Path, text: str) -> None:
@@ -350,7 +354,7 @@ def _write_atomically(file: Path, text: str) -> None:
         if temporary is not None:
             os.unlink(temporary)
         if isinstance(error, OSError):
-            raise BundleError(f"{file}: {(error.strerror or 'cannot be written').lower()}") from None
+            raise BundleError(f"{file}: {cause(error)}") from None
         raise
 
 

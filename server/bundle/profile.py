@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from server.documents import parse_json, shown
+
 FORMAT_VERSION = 1
 PAYS = 0.95  # of the best speed
 TOLERANCE = 0.10  # a straight line that is off by more than this is not used
@@ -144,18 +146,16 @@ class LatencyProfile:
         return "{\n" + "\n".join(lines) + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str) -> LatencyProfile:
+    def from_json(cls, content: bytes | str) -> LatencyProfile:
         """Raises ValueError, with the cause in one line, for anything but a sound profile."""
+        document = parse_json(content.encode() if isinstance(content, str) else content)
         try:
-            document = json.loads(text)
             found = document["format_version"]
             if found != FORMAT_VERSION:
-                raise ValueError(f"format version {found!r}, this server reads {FORMAT_VERSION}")
+                raise ValueError(f"format version {shown(found)}, this server reads {FORMAT_VERSION}")
             stages = tuple(_parse_stage(stage) for stage in document["stages"])
             identity = _parse_identity(document["identity"])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not readable as JSON ({error})") from None
-        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a latency profile ({type(error).__name__}: {error})") from None
         if not stages:
             raise ValueError("no stages")
@@ -240,7 +240,7 @@ def _describe(stage: StageCost) -> Mapping[str, Any]:
 def _parse_stage(document: Any) -> StageCost:
     sizes = document["batches"]
     if not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"batch sizes {sizes} are not whole numbers")
+        raise ValueError(f"batch sizes {shown(sizes)} are not whole numbers")
     return StageCost(tuple(sizes), tuple(map(float, document["p50"])), tuple(map(float, document["p99"])))
 
 

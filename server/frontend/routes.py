@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hmac
 import math
 import re
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from server.budget.places import place_of
 from server.budget.preview import preview
 from server.cascade.scheduler import HIGH, LOW, NORMAL, Priority
 from server.core import Answer, ImageResult, Pixels
-from server.errors import Forbidden, InvalidRequest, NotReady, Unauthorized, VersionMismatch
+from server.errors import InvalidRequest, NotReady, VersionMismatch
 from server.frontend.bodies import BodyLimits, read_images, read_json
 from server.frontend.edge import Endpoint, WhileConnected
 from server.frontend.origin import check_origin
@@ -222,8 +221,10 @@ async def get_budget(request: Request) -> Response:
 
 async def put_budget(request: Request) -> Response:
     service = _service(request)
-    check_origin(dict(request.scope["headers"]))
-    _authorise(request, service.control_token)
+    headers = dict(request.scope["headers"])
+    check_origin(headers)
+    service.control_token.check(headers)
+    service.check_door()
     target, hold, mix = await _read_target(request)
     if_match = _if_match(request.headers.get("if-match"), service.budget.point.version)
     state = await service.budget.put(target, hold, if_match, mix=mix)
@@ -266,16 +267,6 @@ def _if_match(header: str | None, current: int) -> int | Literal["*"] | None:
     if f'"{current}"' in tags:
         return current
     raise VersionMismatch(f"The budget is at version {current}; If-Match names {header[:60]}", version=current)
-
-
-def _authorise(request: Request, token: str | None) -> None:
-    if token is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not given.strip():
-        raise Unauthorized("This route asks for a bearer token")
-    if not hmac.compare_digest(given.strip().encode(), token.encode()):
-        raise Forbidden("The bearer token is not the one that is set")
 
 
 def _budget_response(service: Service, state: BudgetState) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.cascades import synthetic
-from server.bundle.frontier import Frontier, FrontierRow, Mixture, upper_hull, wilson_lower, with_ms
+from server.bundle.frontier import Frontier, FrontierRow, Mixture, _digest, upper_hull, wilson_lower, with_ms
 from server.calibration.sweep import sweep
 
 GMACS = (0.47, 1.1, 2.31)
@@ -48,9 +49,60 @@ def test_json_gives_the_same_frontier_back_and_stays_small() -> None:
     ],
 )
 def test_a_file_that_is_no_frontier_is_refused_with_its_cause(name: str, value: object, cause: str) -> None:
-    document = json.loads(solved(50).to_json())
     with pytest.raises(ValueError, match=cause):
-        Frontier.from_json(json.dumps({**document, name: value}))
+        Frontier.from_json(changed(solved(50), **{name: value}))
+
+
+def changed(frontier: Frontier, **values: object) -> str:
+    """Its document with other values, and the hash of those."""
+    document = json.loads(frontier.to_json()) | values
+    document["sha256"] = _digest({name: value for name, value in document.items() if name != "sha256"})
+    return json.dumps(document)
+
+
+def test_what_was_changed_since_the_calibration_is_refused() -> None:
+    text = solved(50).to_json()
+    for digit in re.finditer(r"[0-9]", text):
+        flipped = text[: digit.start()] + str((int(digit[0]) + 1) % 10) + text[digit.end() :]
+        if json.loads(flipped) != json.loads(text):  # beyond a double's digits
+            with pytest.raises(ValueError, match=r"sha256|JSON|format version"):
+                Frontier.from_json(flipped)
+    document = json.loads(text)
+    assert Frontier.from_json(json.dumps(document, indent=3)) == solved(50), "how it is laid out says nothing"
+    del document["sha256"]
+    with pytest.raises(ValueError, match="dvt calibrate"):
+        Frontier.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, "1e400", float("nan"), [[]], {}, None, "x", [10**400], [None], -1, True],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize(
+    "name", ["rows", "samples", "stage_gmacs", "exit_accuracy", "records", "certificate", "format_version"]
+)
+def test_whatever_stands_in_a_field_is_a_frontier_or_refused_in_one_line(name: str, value: object) -> None:
+    document = json.loads(solved(50).to_json()) | {name: value}
+    del document["sha256"]
+    try:
+        document["sha256"] = _digest(document)
+    except TypeError:  # not even a document that could have been written
+        document["sha256"] = ""
+    if (name, value) in (("certificate", None), ("records", None)):
+        Frontier.from_json(json.dumps(document))
+        return
+    with pytest.raises(ValueError, match=r"^.{5,300}$"):
+        Frontier.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "9" * 5000, "", "\ufeff{}", "{" * 1000, '"' + "x" * 10_000 + '"', "null"]
+)
+def test_what_is_no_document_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ValueError, match=r"JSON|not a frontier") as refused:
+        Frontier.from_json(text)
+    assert len(str(refused.value)) < 300
 
 
 def test_a_frontier_without_records_says_nothing_of_thresholds_that_are_not_its_rows() -> None:
@@ -62,18 +114,14 @@ def test_a_frontier_without_records_says_nothing_of_thresholds_that_are_not_its_
     assert again == frontier
     assert again.predict([0.5, 0.5]) is None
     assert again.by_gmacs(1.0) == frontier.by_gmacs(1.0)
-    document = json.loads(calibrated.to_json())
-    del document["source"]
-    assert Frontier.from_json(json.dumps(document)).source == "calibration"
 
 
 def test_rows_out_of_order_or_not_finite_are_refused() -> None:
-    document = json.loads(solved(50).to_json())
+    rows = json.loads(solved(50).to_json())["rows"]
     with pytest.raises(ValueError, match="do not rise"):
-        Frontier.from_json(json.dumps({**document, "rows": document["rows"][::-1]}))
-    document["rows"][0]["accuracy"] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        Frontier.from_json(json.dumps(document))
+        Frontier.from_json(changed(solved(50), rows=rows[::-1]))
+    with pytest.raises(ValueError, match="JSON"):
+        Frontier.from_json(changed(solved(50), rows=[{**rows[0], "accuracy": float("nan")}, *rows[1:]]))
     with pytest.raises(ValueError, match="not readable as JSON"):
         Frontier.from_json("{")
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from server.bundle.frontier import Frontier
 from server.bundle.manifest import Bundle, Manifest, Preprocessing, StageSpec, TensorSpec, write_manifest
@@ -67,6 +72,14 @@ def frontier(key: str, gmacs: tuple[float, ...] = GMACS) -> Frontier:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     root = tmp_path / "bundle"
+    manifest = write(root)
+    Bundle.load(root, need_frontier=False).write_frontier(frontier(manifest.frontier_key))
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bundle")
     manifest = write(root)
     Bundle.load(root, need_frontier=False).write_frontier(frontier(manifest.frontier_key))
     return root
@@ -235,7 +248,7 @@ def test_a_frontier_of_other_stages_is_neither_read_nor_written(root: Path) -> N
     with pytest.raises(BundleError, match=r"frontier\.json: calibrated for 'other/key'"):
         Bundle.load(root)
     (root / "frontier.json").write_text('{"format_version": 1, "key": 3}')
-    with pytest.raises(BundleError, match=r"frontier\.json: not a frontier"):
+    with pytest.raises(BundleError, match=r"frontier\.json: its sha256"):
         Bundle.load(root)
 
 
@@ -244,3 +257,76 @@ def test_export_refuses_to_write_what_the_server_would_refuse(root: Path) -> Non
     with pytest.raises(BundleError, match="3 classes, but there are 1 labels"):
         write_manifest(root, name="x", labels=["one"], preprocessing=Preprocessing(72, (64, 64)), stages=specs(root))
     assert (root / "bundle.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "frontier.json", "profile.json"])
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"[" * 100_000, "not readable as JSON"),
+        (b'{"format_version": ' + b"[" * 900 + b"]" * 900 + b"}", "format version"),
+        (b"9" * 5000, "not readable as JSON"),
+        (b'{"format_version": 1' + b"0" * 400 + b"}", "not readable as JSON"),
+        (b"\xff\xfe", "not readable as JSON"),
+        (b"", "not readable as JSON"),
+        (b"null", "."),
+        (b"[]", "."),
+        (b'{"format_version": 1}', "."),
+        (b'{"format_version": NaN}', "not readable as JSON"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_file_of_a_bundle_that_is_no_document_is_one_line(root: Path, name: str, content: bytes, cause: str) -> None:
+    (root / name).write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{re.escape(name)}: .*{cause}") as refused:
+        Bundle.load(root)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500 + len(str(root))
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "frontier.json", "profile.json"])
+def test_nobody_reads_gigabytes_of_nothing(root: Path, name: str) -> None:
+    with (root / name).open("wb") as sparse:
+        sparse.truncate(3 * 2**30)
+    with pytest.raises(BundleError, match=rf"{re.escape(name)}: is larger than"):
+        Bundle.load(root)
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "frontier.json", "profile.json", "stage1.onnx"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link", "loop"])
+def test_what_is_no_file_is_refused_and_nobody_waits_for_it(root: Path, name: str, kind: str) -> None:
+    file = root / name
+    file.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(root / "bundle.json" if kind == "link" and name != "bundle.json" else file)
+    with pytest.raises(BundleError, match=rf"{re.escape(name)}: is (a symbolic link|not a regular file)"):
+        Bundle.load(root)
+
+
+@pytest.mark.parametrize(
+    "path", [os.fsdecode(b"/tm\xffp"), "a\0b", "x" * 5000, "/dev/null"], ids=lambda path: repr(path)[:12]
+)
+def test_a_path_that_cannot_be_a_folder_is_refused(path: str) -> None:
+    with pytest.raises(BundleError, match="no such folder"):
+        Bundle.load(path)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_file_is_refused_by_its_name_or_says_the_same(whole: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(["bundle.json", "frontier.json"]))
+    file = whole / name
+    before, kept = Bundle.load(whole), file.read_bytes()
+    at = data.draw(st.integers(0, len(kept) - 1))
+    try:
+        file.write_bytes(kept[:at] + data.draw(st.binary(max_size=3)) + kept[at + data.draw(st.integers(0, 3)) :])
+        with suppress(BundleError):  # and nothing else
+            loaded = Bundle.load(whole)
+            assert loaded.solved == before.solved
+            assert loaded.manifest.stages == before.manifest.stages
+    finally:
+        file.write_bytes(kept)
