@@ -15,11 +15,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for
 
 
 def register_export(app: typer.Typer) -> None:
-    app.command("export")(export)
+    app.command("export", short_help="Export a checkpoint as a verified bundle.")(export)
 
 
 def register_evaluate(app: typer.Typer) -> None:
-    app.command("evaluate")(evaluate)
+    app.command("evaluate", short_help="Measure a checkpoint or a bundle on images.")(evaluate)
 
 
 def export(
@@ -89,7 +89,7 @@ def export(
 def evaluate(
     target: Annotated[Path, typer.Argument(metavar="CHECKPOINT|BUNDLE", help="A checkpoint file or a bundle folder.")],
     images: Annotated[
-        Path | None, typer.Argument(metavar="[IMAGES]", help="Image folder to measure accuracy on.")
+        Path | None, typer.Argument(metavar="IMAGES", help="Image folder to measure accuracy on.")
     ] = None,
     inputs: Annotated[
         Path | None, typer.Option(help="Normalised inputs (B, 3, H, W), .npy; needs --logits.", metavar="X.npy")

@@ -11,11 +11,11 @@ import typer
 
 
 def register_train(app: typer.Typer) -> None:
-    app.command("train")(train)
+    app.command("train", short_help="Train a DVT on an image folder.")(train)
 
 
 def register_import(app: typer.Typer) -> None:
-    app.command("import")(import_)
+    app.command("import", short_help="Read a published checkpoint.")(import_)
 
 
 def train(
@@ -38,7 +38,7 @@ def train(
 
     A slice of IMAGES is held out (field held_out); `dvt calibrate` finds it by the same fraction. OUT gets
     last.safetensors to resume from, model.safetensors (averaged weights) to evaluate and export, and metrics.jsonl.
-    On several GPUs or machines: torchrun --nproc-per-node 8 -m server train ...
+    On several GPUs or machines torchrun starts it.
 
     \b
     Examples:
@@ -46,6 +46,7 @@ def train(
       dvt train photo10/train runs/photo10 --resume
       dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3 --set variant.grids=4,8
       dvt train cifar10/train runs/cifar --recipe fine-tune --from t2t-vit-12.safetensors
+      torchrun --nproc-per-node 8 -m server train imagenet/train runs/t2t
     """
     import torch
 
