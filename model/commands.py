@@ -61,7 +61,7 @@ def train(
     try:
         click.echo(run(data, out, chosen, resume=resume, num_workers=loaders, start=start))
     except (ValueError, OSError, FloatingPointError) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(said(error)) from None
 
 
 def import_(
@@ -103,12 +103,19 @@ def import_(
         model, header = import_checkpoint(checkpoint, **changes)
         save_model(out, model, **header)
     except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(said(error)) from None
     config = model.config
     click.echo(f"{out}: {config.name}, {config.num_classes} classes, weights from {header['imported']['from']}")
     for number, (grid, macs) in enumerate(zip(config.grids, cumulative_macs(model), strict=True), start=1):
         click.echo(f"  exit {number}: {grid}x{grid} tokens, {macs / 1e9:.4g} GMAC so far")
     click.echo(f"next: dvt export {out} BUNDLE")
+
+
+def said(error: Exception) -> str:
+    """In one line; of a file that cannot be had, as everywhere: its name, then the reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {str(error.strerror).lower()}"
+    return str(error)
 
 
 def _triple(name: str, text: str) -> tuple[float, ...]:
