@@ -11,15 +11,17 @@ from typing import Annotated, Any, cast
 import click
 import typer
 
+from model.commands import said
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
 
 
 def register_export(app: typer.Typer) -> None:
-    app.command("export")(export)
+    app.command("export", short_help="Export a checkpoint as a verified bundle.")(export)
 
 
 def register_evaluate(app: typer.Typer) -> None:
-    app.command("evaluate")(evaluate)
+    app.command("evaluate", short_help="Measure a checkpoint or a bundle on images.")(evaluate)
 
 
 def export(
@@ -62,7 +64,7 @@ def export(
         try:
             written = export_checkpoint(checkpoint, bundle, progress, cast(Criterion, criterion), notices.append)
         except (ValueError, OSError, VerificationError) as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(said(error)) from None
     for notice in notices:
         click.echo(f"note: {notice}", err=True)
     manifest, imported = written.manifest, written.solved
@@ -89,7 +91,7 @@ def export(
 def evaluate(
     target: Annotated[Path, typer.Argument(metavar="CHECKPOINT|BUNDLE", help="A checkpoint file or a bundle folder.")],
     images: Annotated[
-        Path | None, typer.Argument(metavar="[IMAGES]", help="Image folder to measure accuracy on.")
+        Path | None, typer.Argument(metavar="IMAGES", help="Image folder to measure accuracy on.")
     ] = None,
     inputs: Annotated[
         Path | None, typer.Option(help="Normalised inputs (B, 3, H, W), .npy; needs --logits.", metavar="X.npy")
@@ -132,7 +134,7 @@ def evaluate(
     except Exception as error:
         if not _users_fault(error):
             raise
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(said(error)) from None
 
 
 def _users_fault(error: Exception) -> bool:
@@ -145,7 +147,12 @@ def _users_fault(error: Exception) -> bool:
 def _write_logits(target: Path, inputs: Path, out: Path) -> None:
     import numpy as np
 
-    x = np.load(inputs, allow_pickle=False)
+    try:
+        x = np.load(inputs, allow_pickle=False)
+    except (ValueError, EOFError):  # numpy says to unpickle it
+        x = None
+    if not isinstance(x, np.ndarray):
+        raise ValueError(f"{inputs}: is not an .npy file of numbers")
     if target.is_dir():
         from export.logits import bundle_logits
         from server.bundle.manifest import Bundle
@@ -228,13 +235,13 @@ def _report(path: Path, images: Path, out: Path) -> Path:
 def _table(report: dict[str, Any]) -> str:
     lines = [f"{report['images']} images", "exit   top-1     GMAC"]
     for number, (accuracy, gmacs) in enumerate(zip(report["exit_accuracy"], report["stage_gmacs"], strict=True), 1):
-        lines.append(f"{number:>4} {accuracy:8.2%} {gmacs:8.4g}")
+        lines.append(f"{number:>4} {accuracy:8.2%} {gmacs:#8.4g}")
     for title, key in (("calibrated thresholds", "points"), ("geometric thresholds", "geometric_points")):
         if report.get(key):
             lines += [title, "budget top-1     GMAC   leave at each exit"]
             for name, row in report[key].items():
                 fractions = " ".join(f"{f:.2f}" for f in row["exit_fractions"])
-                lines.append(f"{name:>5} {row['accuracy']:8.2%} {row['gmacs']:8.4g}   {fractions}")
+                lines.append(f"{name:>5} {row['accuracy']:8.2%} {row['gmacs']:#8.4g}   {fractions}")
     if "area" in report:
         geometric = report["geometric_area"]
         compared = "" if geometric is None else f", geometric {geometric:.4f}"

@@ -11,11 +11,11 @@ import typer
 
 
 def register_train(app: typer.Typer) -> None:
-    app.command("train")(train)
+    app.command("train", short_help="Train a DVT on an image folder.")(train)
 
 
 def register_import(app: typer.Typer) -> None:
-    app.command("import")(import_)
+    app.command("import", short_help="Read a published checkpoint.")(import_)
 
 
 def train(
@@ -38,7 +38,7 @@ def train(
 
     A slice of IMAGES is held out (field held_out); `dvt calibrate` finds it by the same fraction. OUT gets
     last.safetensors to resume from, model.safetensors (averaged weights) to evaluate and export, and metrics.jsonl.
-    On several GPUs or machines: torchrun --nproc-per-node 8 -m server train ...
+    On several GPUs or machines torchrun starts it.
 
     \b
     Examples:
@@ -46,6 +46,7 @@ def train(
       dvt train photo10/train runs/photo10 --resume
       dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3 --set variant.grids=4,8
       dvt train cifar10/train runs/cifar --recipe fine-tune --from t2t-vit-12.safetensors
+      torchrun --nproc-per-node 8 -m server train imagenet/train runs/t2t
     """
     import torch
 
@@ -60,7 +61,7 @@ def train(
     try:
         click.echo(run(data, out, chosen, resume=resume, num_workers=loaders, start=start))
     except (ValueError, OSError, FloatingPointError) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(said(error)) from None
 
 
 def import_(
@@ -102,12 +103,19 @@ def import_(
         model, header = import_checkpoint(checkpoint, **changes)
         save_model(out, model, **header)
     except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(said(error)) from None
     config = model.config
     click.echo(f"{out}: {config.name}, {config.num_classes} classes, weights from {header['imported']['from']}")
     for number, (grid, macs) in enumerate(zip(config.grids, cumulative_macs(model), strict=True), start=1):
         click.echo(f"  exit {number}: {grid}x{grid} tokens, {macs / 1e9:.4g} GMAC so far")
     click.echo(f"next: dvt export {out} BUNDLE")
+
+
+def said(error: Exception) -> str:
+    """In one line; of a file that cannot be had, as everywhere: its name, then the reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {str(error.strerror).lower()}"
+    return str(error)
 
 
 def _triple(name: str, text: str) -> tuple[float, ...]:

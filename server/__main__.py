@@ -6,6 +6,8 @@ package whose libraries are not installed (torch, onnx) still shows, and says wh
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, NoReturn
@@ -15,6 +17,7 @@ import typer
 
 from server import commands
 from server.errors import BundleError
+from server.terminal import printable
 
 GROUP = "dvt.commands"
 
@@ -68,10 +71,9 @@ def add(app: typer.Typer, entry: EntryPoint) -> None:
         def unavailable() -> None:
             raise click.ClickException(_install(missing))
 
-        unavailable.__doc__ = f"Not installed: {_install(missing)}"
-        app.command(entry.name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-            unavailable
-        )
+        takes_anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+        unavailable.__doc__ = short = f"Not installed: {_install(missing)}"
+        app.command(entry.name, short_help=short, context_settings=takes_anything)(unavailable)
         return
     register(app)
 
@@ -83,6 +85,8 @@ def _install(error: ModuleNotFoundError) -> str:
 
 def main() -> None:
     """Run `dvt`. Exit status 0: done; 1: failed; 2: it was told something that it cannot do."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: labels and names may be more than it can encode
     try:
         build()(prog_name="dvt")
     except click.ClickException as error:  # typer brings a click of its own, and passes on what is not its own
@@ -93,10 +97,14 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] in ("server", "model", "export"):
             raise
         _fail(_install(error), 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _fail(f"{error.filename or 'the output'}: {str(error.strerror).lower()}", 1)
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {printable(message)}", err=True)
     sys.exit(status)
 
 

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
+import math
+import shutil
+import sys
+from contextlib import aclosing
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import click
 import typer
+from tqdm import tqdm
 
-from server.client import DEFAULT_URL, Client, ClientError
+from server.client import DEFAULT_URL, Client, ClientError, ImageError, Model, Refused
 from server.settings import Settings, SettingsError, read_settings
+from server.terminal import Table, Tally, printable
 
 Url = Annotated[
     str, typer.Option("--url", envvar="DVT_URL", metavar="URL", help="The server to ask.", show_default=True)
 ]
+NEVER = 2.0  # the threshold that nobody reaches, as the server writes it
 Json = Annotated[bool, typer.Option("--json", help="One JSON document a line, for scripts.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of the server."""
-    app.command("serve")(serve)
-    app.command("calibrate")(calibrate)
-    app.command("profile")(profile)
-    app.command("classify")(classify)
-    app.command("budget")(budget)
+    # Short helps of their own: those made of a docstring are cut.
+    app.command("serve", short_help="Serve a bundle over HTTP.")(serve)
+    app.command("calibrate", short_help="Solve a bundle's thresholds on labelled images.")(calibrate)
+    app.command("profile", short_help="Measure what a bundle's batches take here.")(profile)
+    app.command("classify", short_help="Classify images with a running server.")(classify)
+    app.command("budget", short_help="Show or set a running server's budget.")(budget)
 
 
 def serve(
@@ -154,7 +164,7 @@ def profile(
     The server uses the profile where model, runtime, machine and executors are those that it was measured with, and
     otherwise measures a short one as it starts. Measure while nothing else runs.
 
-    
+    \b
     Examples:
       dvt profile bundles/photo10
       dvt profile bundles/photo10 --executors 8 --seconds 60
@@ -174,27 +184,70 @@ def profile(
 def classify(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, GIF or BMP files.")],
     url: Url = DEFAULT_URL,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Predictions per image.  [default: the server's]")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Classes per image.  [default: 1; with --json the server's]")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Images to ask for at once.")] = 8,
     as_json: Json = False,
 ) -> None:
     """Classify image files with a running server.
 
+    Rows come in the order of the images. What cannot be classified is told on stderr, and does not keep the others
+    from it; the exit status is then 1.
+
     \b
     Examples:
       dvt classify cat.jpg
-      dvt classify photos/*.jpg --top-k 1
+      dvt classify photos/*.jpg --top-k 3
       dvt classify cat.jpg --json | jq .results[0].exit
     """
-    if missing := next((image for image in images if not image.is_file()), None):
-        raise click.ClickException(f"{missing}: no such file")
+    tally = Tally()
     try:
-        with Client(url) as client:
-            for image in images:
-                answer = client.classify(image, top_k)
-                line = json.dumps({"image": str(image), **answer}) if as_json else _describe_answer(image, answer)
-                click.echo(line)
+        asyncio.run(_classify(images, url, top_k, concurrency, as_json, tally))
     except ClientError as error:
-        raise click.ClickException(str(error)) from None
+        after = f", after {tally.images} of {len(images)} images" if tally.images else ""
+        raise click.ClickException(f"{error}{after}") from None
+    if tally.failures:
+        raise typer.Exit(1)
+
+
+async def _classify(
+    images: list[Path], url: str, top_k: int | None, concurrency: int, as_json: bool, tally: Tally
+) -> None:
+    top_k = top_k if top_k or as_json else 1
+    table: Table | None = None
+    hidden = not _is_terminal(sys.stdout) and _is_terminal(sys.stderr)  # rows that nobody sees: a bar tells how far
+    async with Client(url, concurrency=concurrency) as client, aclosing(client.classify_all(images, top_k)) as answers:
+        with tqdm(total=len(images), unit="image", desc="images", disable=not hidden, file=sys.stderr) as bar:
+            async for image, answer in answers:
+                if isinstance(answer, ImageError):
+                    tally.failed(answer)
+                    with bar.external_write_mode(sys.stderr):
+                        click.echo(printable(f"Error: {image}: {answer}"), err=True)
+                    bar.update()
+                    continue
+                result = client.result(answer)
+                if as_json:
+                    click.echo(json.dumps({"image": str(image), **answer}))
+                else:
+                    if table is None:
+                        table = _table(images, await client.model())
+                        click.echo(table.head)
+                    click.echo("\n".join(table.rows(image, result)))
+                tally.answered(result)
+                bar.update()
+    if len(images) > 1 and not as_json:
+        click.echo(f"\n{tally}" if table else tally)
+
+
+def _table(images: list[Path], model: Model) -> Table:
+    width = shutil.get_terminal_size().columns if _is_terminal(sys.stdout) else None
+    return Table(images, model, width=width, encoding=getattr(sys.stdout, "encoding", None) or "utf-8")
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """None stands for a stream that was closed before the start."""
+    return stream is not None and stream.isatty()
 
 
 def budget(
@@ -258,15 +311,22 @@ def budget(
     if preview and body is None:
         raise click.UsageError("--preview needs a TARGET")
     try:
-        with Client(url) as client:
-            if body is None:
-                state = client.budget()
-            else:
-                state = client.preview_budget(body) if preview else client.set_budget(body)
+        click.echo(asyncio.run(_budget(url, body, preview, as_json)))
     except ClientError as error:
-        raise click.ClickException(str(error)) from None
-    describe = _describe_preview if preview else _describe_budget
-    click.echo(json.dumps(state) if as_json else describe(state))
+        spans = _spans(error.feasible) if isinstance(error, Refused) else ""
+        raise click.ClickException(f"{error}{spans and '; feasible: '}{spans}") from None
+
+
+async def _budget(url: str, body: dict[str, Any] | None, preview: bool, as_json: bool) -> str:
+    async with Client(url) as client:
+        if body is None:
+            state = await client.budget()
+        else:
+            state = await (client.preview_budget(body) if preview else client.set_budget(body))
+        try:
+            return json.dumps(state) if as_json else (_describe_preview if preview else _describe_budget)(state)
+        except (LookupError, TypeError, ValueError, AttributeError):  # it is not what our servers answer
+            raise client.not_ours("/budget/preview" if preview else "/budget") from None
 
 
 def parse_target(text: str) -> dict[str, Any]:
@@ -276,9 +336,11 @@ def parse_target(text: str) -> dict[str, Any]:
         shown = "gmacs=0.03, accuracy=0.74, latency_ms=25 or thresholds=0.9,0.7"
         raise click.UsageError(f"{text} is no target; give {shown}")
     try:
-        numbers = [float(number) for number in value.split(",")]
+        numbers = [NEVER if name == "thresholds" and part == "never" else float(part) for part in value.split(",")]
     except ValueError:
         raise click.UsageError(f"{value} is not a number; for example {name}=0.5") from None
+    if not all(map(math.isfinite, numbers)):
+        raise click.UsageError(f"{value} is no number that a budget can be; for example {name}=0.5")
     if name == "thresholds":
         return {name: numbers}
     if len(numbers) != 1:
@@ -286,22 +348,12 @@ def parse_target(text: str) -> dict[str, Any]:
     return {name: numbers[0]}
 
 
-def _describe_answer(image: Path, answer: dict[str, Any]) -> str:
-    result = answer["results"][0]
-    ranked = ", ".join(f"{p['label']} {100 * p['probability']:.1f} %" for p in result["predictions"])
-    degraded = ", degraded" if result["degraded"] else ""
-    return (
-        f"{image}: {ranked}  (exit {result['exit']}, {result['gmacs']:g} GMAC, "
-        f"{result['timing_ms']['total']:.1f} ms{degraded})"
-    )
-
-
 def _describe_budget(state: dict[str, Any]) -> str:
     observed, feasible, audit, drift = (state[name] for name in ("observed", "feasible", "audit", "drift"))
     lines = [f"version     {state['version']}", *_describe_target(state)]
     if (mix := state["mix"]) is not None:
         lines.append(
-            f"mix         {100 * mix['share']:.1f} % of the requests by thresholds {_numbers(mix['thresholds'])}"
+            f"mix         {100 * mix['share']:.1f} % of the requests by thresholds {_thresholds(mix['thresholds'])}"
         )
     if observed["images"]:
         latency = observed["latency_ms"]
@@ -318,11 +370,7 @@ def _describe_budget(state: dict[str, Any]) -> str:
         )
     if drift["alarm"]:
         lines.append(f"drift       the traffic is not that of the calibration: {', '.join(drift['reasons'])}")
-    gmacs, accuracy = feasible["gmacs"], feasible["accuracy"]
-    spans = [f"gmacs {gmacs[0]:.4g} to {gmacs[1]:.4g}", f"accuracy {accuracy[0]:.4f} to {accuracy[1]:.4f}"]
-    if (latency := feasible["latency_ms"]) is not None:
-        spans.append(f"latency from {latency[0]:.1f} ms" + (f" to {latency[1]:.1f} ms" if latency[1] else ""))
-    lines.append(f"feasible    {', '.join(spans)}")
+    lines.append(f"feasible    {_spans(feasible)}")
     if state["pressure"]:
         lines.append(
             f"pressure    {state['pressure']:.0%} of the target's cost is given up, as the server is overloaded"
@@ -335,17 +383,20 @@ def _describe_preview(preview: dict[str, Any]) -> str:
     if traffic is None:
         return "\n".join([*lines, "traffic     nothing to tell it from yet"])
     lines.append(f"traffic     {_prediction(traffic['target'])}, estimated for the last {traffic['images']} images")
-    lines.append(f"            by thresholds {_numbers(traffic['thresholds'])}")
+    lines.append(f"            by thresholds {_thresholds(traffic['thresholds'])}")
     lines.append(f"at present  {_prediction(traffic['present'])}")
     return "\n".join(lines)
 
 
 def _describe_target(state: dict[str, Any]) -> list[str]:
-    target = ", ".join(f"{name}={_numbers(value)}" for name, value in state["target"].items())
+    target = ", ".join(
+        f"{name}={_thresholds(value) if name == 'thresholds' else f'{value:g}'}"
+        for name, value in state["target"].items()
+    )
     clamped = " (clamped to the end of the frontier)" if state["clamped"] else ""
     return [
         f"target      {target}, hold {state['hold']}{clamped}",
-        f"thresholds  {_numbers(state['thresholds'])}",
+        f"thresholds  {_thresholds(state['thresholds'])}",
         f"predicted   {_prediction(state['predicted'])}",
     ]
 
@@ -356,12 +407,36 @@ def _prediction(of: dict[str, Any]) -> str:
     return f"accuracy {of['accuracy']:.4f}, {of['gmacs']:.4g} GMAC, exits {_percent(of['exit_fractions'])}"
 
 
+_SPANS = (("gmacs", "cost", " GMAC"), ("accuracy", "accuracy", ""), ("latency_ms", "latency", " ms"))
+
+
+def _spans(feasible: Any) -> str:
+    """What budgets can be had, with units; "" for what says nothing of it. What is shown can be had, too: the lower
+    ends are rounded up, and the upper ones down."""
+    spans = []
+    for member, name, unit in _SPANS:
+        match feasible.get(member) if isinstance(feasible, dict) else None:
+            case [int() | float() as low, int() | float() as high]:
+                shown = [_rounded(low, ROUND_CEILING), _rounded(high, ROUND_FLOOR)]
+                if Decimal(shown[0]) > Decimal(shown[1]):
+                    shown = [str(low), str(high)]
+                spans.append(f"{name} {shown[0]} to {shown[1]}{unit}")
+            case [int() | float() as low, None]:
+                spans.append(f"{name} from {_rounded(low, ROUND_CEILING)}{unit}")
+    return ", ".join(spans)
+
+
+def _rounded(number: float, rounding: str) -> str:
+    """To four digits."""
+    return f"{Context(prec=4, rounding=rounding).create_decimal(repr(number)).normalize():f}"
+
+
 def _interval(of: dict[str, float]) -> str:
     return f"{of['mean']:.4f} ({of['low']:.4f} to {of['high']:.4f})"
 
 
-def _numbers(value: Any) -> str:
-    return ",".join(f"{number:.4g}" for number in (value if isinstance(value, list) else [value]))
+def _thresholds(values: list[float]) -> str:
+    return ",".join("never" if value == NEVER else f"{value:.4g}" for value in values)
 
 
 def _percent(fractions: list[float]) -> str:

@@ -93,7 +93,7 @@ def test_the_command_line_classifies_and_sets_the_budget(url: str, tmp_path: Pat
     photo.write_bytes(picture("red"))
     classified = dvt("classify", str(photo), "--url", url)
     assert classified.returncode == 0, classified.stderr
-    assert "red.png: red" in classified.stdout
+    assert re.search(r"^red.png +red ", classified.stdout, re.MULTILINE)
     changed = dvt("budget", "thresholds=0.5,0.5", "--url", url)
     assert changed.returncode == 0, changed.stderr
     assert httpx.get(f"{url}/budget").json()["thresholds"] == [0.5, 0.5, 0.0]

@@ -238,11 +238,11 @@ def as_json(frontier: Frontier) -> str:
 def as_table(frontier: Frontier) -> str:
     lines = [f"{frontier.samples} images, {len(frontier.rows)} operating points"]
     for number, (accuracy, gmacs) in enumerate(zip(frontier.exit_accuracy, frontier.stage_gmacs, strict=True), start=1):
-        lines.append(f"{f'all leave at exit {number}':<40} {accuracy:7.2%} {gmacs:10.4g} GMAC")
+        lines.append(f"{f'all leave at exit {number}':<40} {accuracy:7.2%} {gmacs:#10.4g} GMAC")
     for name, row in _summary_rows(frontier):
         shown = ", ".join("never" if t == NEVER else f"{t:.4f}" for t in row.thresholds[:-1])
         label = name if name == "knee" else f"within {name} of the last exit's cost"
-        lines.append(f"{label:<40} {row.accuracy:7.2%} {row.gmacs:10.4g} GMAC   thresholds {shown}")
+        lines.append(f"{label:<40} {row.accuracy:7.2%} {row.gmacs:#10.4g} GMAC   thresholds {shown}")
     if (certificate := frontier.certificate) is not None:
         lines.append(
             f"certified on {certificate.samples} other images: from {certificate.gmacs:.4g} GMAC on, at most "

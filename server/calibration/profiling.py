@@ -101,7 +101,11 @@ def measure(
         tqdm(total=seconds, desc="batches", bar_format=layout, disable=not progress, file=sys.stderr) as bar,
         ThreadPoolExecutor(concurrency, thread_name_prefix="profile") as pool,
     ):
-        walked = list(pool.map(walk, range(concurrency)))
+        try:
+            walked = list(pool.map(walk, range(concurrency)))
+        except BaseException:
+            failed.set()  # Ctrl-C as well: the pool waits for its threads
+            raise
     by_stage: list[dict[int, list[float]]] = [defaultdict(list) for _ in largest]
     for size, taken in (pair for runs in walked for pair in runs):
         for at, one in zip(by_stage, taken, strict=False):

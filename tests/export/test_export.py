@@ -137,6 +137,24 @@ def test_a_bundle_s_logits_for_normalised_inputs_are_the_checkpoint_s(
     np.testing.assert_allclose(*results, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("missing.npy", None, "missing.npy: no such file or directory"),
+        ("empty.npy", b"", "empty.npy: is not an .npy file of numbers"),
+        ("garbage.npy", b"garbage", "garbage.npy: is not an .npy file of numbers"),
+        ("many.npz", b"PK\x05\x06" + bytes(18), "many.npz: is not an .npy file of numbers"),
+    ],
+)
+def test_inputs_that_cannot_be_read_are_named(tmp_path: Path, name: str, content: bytes | None, cause: str):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    args = ["evaluate", str(tmp_path), "--inputs", str(tmp_path / name), "--logits", str(tmp_path / "y.npy")]
+    with pytest.raises(click.ClickException) as refused:
+        CliRunner().invoke(build(), args, catch_exceptions=False, standalone_mode=False)
+    assert refused.value.message == f"{tmp_path}/{cause}"
+
+
 def test_inputs_of_another_shape_are_refused_with_both_shapes(micro_bundle: Path):
     with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\), the bundle takes \(B, 3, 48, 48\)"):
         bundle_logits(Bundle.load(micro_bundle), np.zeros((2, 3, 32, 32), np.float32))

@@ -17,26 +17,27 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from server.__main__ import add, build, main
+from server.__main__ import add, build
 from server.commands import parse_target
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def dvt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`dvt("serve", "--help")` gives the exit status, what was printed, and what was complained about."""
+COMMANDS = ("serve", "calibrate", "profile", "classify", "budget", "train", "import", "evaluate", "export")
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dvt", *arguments])
-        try:
-            main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return (status, *capsys.readouterr())
 
-    return run
+@pytest.mark.parametrize("columns", ["", "80", "60"])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_no_line_of_help_is_cut_or_too_wide(
+    dvt: Run, command: list[str], columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    _, out, _ = dvt(*command, "--help")
+    lines = [
+        line for line in out.splitlines() if not line.startswith(("    dvt ", "    DVT_", "    torchrun ", "Usage: "))
+    ]
+    assert [line for line in lines if line.endswith(("...", "…")) or len(line) > int(columns or 80)] == []
+    assert command or all(f"\n  {name} " in out for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["profile"], ["classify"], ["budget"]])
@@ -61,6 +62,13 @@ def test_all_commands_of_the_server_are_there(dvt: Run) -> None:
         (["budget", "fast"], 2, "fast is no target"),
         (["budget", "gmacs=x"], 2, "x is not a number"),
         (["budget", "gmacs=1,2"], 2, "one number"),
+        (["budget", "gmacs=nan"], 2, "nan is no number that a budget can be"),
+        (["budget", "gmacs=1e999"], 2, "1e999 is no number that a budget can be"),
+        (["budget", "gmacs=never"], 2, "never is not a number"),
+        (["classify", "x" * 5000], 1, "file name too long"),
+        (["classify", "/dev/null"], 1, "/dev/null: is not a file"),
+        (["classify", "/"], 1, "/: is a folder; name the images in it: /*"),
+        (["serve", "\x1b[31mred\n", "--port", "0"], 2, "\\x1b[31mred\\n: no such folder"),
         (["budget", "--hold", "cost"], 2, "--hold needs a TARGET"),
         (["budget", "gmacs=1", "--hold", "x"], 2, "cost or quality"),
         (["budget", "--mix"], 2, "--mix goes with gmacs=N"),
@@ -100,6 +108,7 @@ def test_targets_are_read_as_they_are_written() -> None:
     assert parse_target("gmacs=0.03") == {"gmacs": 0.03}
     assert parse_target("accuracy=0.74") == {"accuracy": 0.74}
     assert parse_target("thresholds=0.9,0.7") == {"thresholds": [0.9, 0.7]}
+    assert parse_target("thresholds=never,0.7") == {"thresholds": [2.0, 0.7]}
     assert parse_target("latency_ms=25") == {"latency_ms": 25}
     for wrong in ("watts=3", "gmacs", "gmacs=x", "latency_ms=1,2"):
         with pytest.raises(click.UsageError):
@@ -119,13 +128,20 @@ async def test_classify_and_budget_ask_a_running_server(
         async def ask(*arguments: str) -> tuple[int, str, str]:
             return await asyncio.to_thread(dvt, *arguments, *url)
 
-        status, out, err = await ask("classify", str(cat), str(dog), "--top-k", "1")
+        status, out, err = await ask("classify", str(cat), str(dog))
         assert (status, err) == (0, "")
-        assert [line.split("  (")[0] for line in out.splitlines()] == [
-            f"{cat}: label3 100.0 %",
-            f"{dog}: label5 100.0 %",
+        head, *rows = out.splitlines()
+        assert head == "image    label   probability  exit    GMAC      ms"
+        assert [row[:42] for row in rows[:2]] == [
+            "cat.png  label3      100.0 %     1  0.0100",
+            "dog.png  label5      100.0 %     2  0.0300",
         ]
-        assert "exit 2, 0.03 GMAC" in out
+        assert rows[2:] == ["", "2 images: 2 answered, 1 at exit 1, 1 at exit 2, mean 0.02 GMAC"]
+
+        status, out, _ = await ask("classify", str(cat), "--top-k", "3")
+        head, first, *others = out.splitlines()
+        assert re.fullmatch(r"cat.png  label3      100.0 %     1  0.0100 +[0-9.]+", first)
+        assert others == ["         label0        0.0 %", "         label1        0.0 %"]
 
         status, out, _ = await ask("classify", str(cat), str(dog), "--json")
         documents = [json.loads(line) for line in out.splitlines()]
@@ -157,7 +173,17 @@ async def test_classify_and_budget_ask_a_running_server(
 
         status, _, err = await ask("budget", "gmacs=0.000001")
         assert status == 1
-        assert "budget_infeasible; feasible: {'gmacs'" in err
+        assert re.search(
+            r"^Error: .* \(budget_infeasible\); feasible: cost 0.01 to 0.0[0-9]+ GMAC, accuracy 0.[0-9]+ to 0.[0-9]+$",
+            err,
+        )
+        status, out, _ = await ask("budget")
+        assert err.rpartition("feasible: ")[2] == out.rpartition("feasible    ")[2]
+
+        await ask("budget", "thresholds=never,0.3")
+        status, out, _ = await ask("budget")
+        assert "target      thresholds=never,0.3," in out
+        assert "thresholds  never,0.3,0" in out
 
 
 def test_without_torch_and_onnx_the_command_still_explains_itself() -> None:

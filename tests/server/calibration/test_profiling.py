@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -49,6 +50,20 @@ class Timed(FakeEngine):
 
     def sizes(self, stage: int) -> list[int]:
         return [len(batch.pixels) for batch in self.batches if batch.stage == stage]
+
+
+def test_ctrl_c_ends_it_without_the_rest_of_the_time() -> None:
+    class Interrupted(Timed):
+        def run(self, batch: StageBatch) -> StageOutput:
+            if threading.current_thread() is not threading.main_thread() and not self.closed:
+                self.closed = True
+                signal.raise_signal(signal.SIGINT)  # Python gives it to the main thread
+            return super().run(batch)
+
+    engine = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        measure(engine, seconds=1e5, concurrency=2, clock=engine.clock)
+    assert engine.now < 1e5
 
 
 def test_the_line_that_the_engine_follows_is_found_whatever_stalls() -> None:
