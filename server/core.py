@@ -123,6 +123,7 @@ class Answer:
 
     point: OperatingPoint
     results: tuple[ImageResult, ...]
+    decided: float  # when the last image was
 
 
 class Observer(Protocol):

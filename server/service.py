@@ -33,6 +33,7 @@ from server.cascade.policy import DeepestRipe
 from server.cascade.scheduler import Scheduler
 from server.core import Engine, ImageResult
 from server.errors import Draining, Overloaded
+from server.frontend.answer_time import AnswerTime
 from server.frontend.bodies import BodyLimits, Intake
 from server.frontend.connection import ConnectionLimits, Connections
 from server.frontend.decoding import Decoder
@@ -112,6 +113,7 @@ class Service:
             ),
             self.metrics.request_refused,
         )
+        self.answer_time = AnswerTime()
         self.intake = Intake(settings.max_requests, settings.max_held_bytes)
         self.body_limits = BodyLimits(settings.max_body_bytes, settings.max_images)
         limits = ImageLimits(settings.max_pixels, settings.max_aspect, settings.min_side)

@@ -415,7 +415,7 @@ class Scheduler:
                 else:
                     image.stage += 1
                     self._queues[image.stage - 1].push(image)
-            self._answer_if_complete(request, outcome)
+            self._answer_if_complete(request, now, outcome)
         return outcome
 
     def fail(self, batch: Batch, now: float) -> Outcome:
@@ -461,7 +461,7 @@ class Scheduler:
         outcome = Outcome()
         for request in list(self._requests):
             self._adopt(request, now, outcome)
-            self._answer_if_complete(request, outcome)
+            self._answer_if_complete(request, now, outcome)
         return outcome
 
     # -- operating points
@@ -517,10 +517,11 @@ class Scheduler:
             outcome.freed.append(image.slot)
             image.slot = None
 
-    def _answer_if_complete(self, request: Request, outcome: Outcome) -> None:
+    def _answer_if_complete(self, request: Request, now: float, outcome: Outcome) -> None:
         if request.undecided == 0:
             results = tuple(image.result for image in request.images if image.result is not None)
-            request.answer = Answer(request.point, results)
+            # What a timer that rang late has cost belongs to the answer's way, not to the request's time.
+            request.answer = Answer(request.point, results, min(now, request.deadline))
             self._settle(request, outcome)
 
     def _give_up(self, image: Image, now: float, outcome: Outcome) -> None:
@@ -529,7 +530,7 @@ class Scheduler:
             return
         if image.confidences:
             self._decide(image, now, outcome, degraded=True)
-            self._answer_if_complete(image.request, outcome)
+            self._answer_if_complete(image.request, now, outcome)
         else:
             error = Overloaded("the deadline cannot be met any more", retry_after_s=self._retry_after_s(now))
             self._fail(image.request, error, "overloaded", now, outcome)
@@ -542,7 +543,7 @@ class Scheduler:
         for image in request.images:
             if image.result is None:
                 self._decide(image, now, outcome, degraded=True)
-        self._answer_if_complete(request, outcome)
+        self._answer_if_complete(request, now, outcome)
 
     def _fail(self, request: Request, error: ServeError | None, reason: str, now: float, outcome: Outcome) -> None:
         if request.settled:

@@ -139,7 +139,7 @@ async def classify(request: Request) -> Response:
         service.note_arrival(len(encoded), ask.timeout_s)
         service.check_queue()
         arrived = clock()
-        deadline = arrived + ask.timeout_s
+        deadline = arrived + service.answer_time.within(ask.timeout_s)
         async with WhileConnected(request.receive):
             pixels = await service.decoder.decode(encoded, deadline)
             decoded = clock()
@@ -166,6 +166,7 @@ def _record(
     total_s: float,
     steered: bool,
 ) -> None:
+    service.answer_time.observe(service.clock() - answer.decided)
     service.metrics.decoded(decode_s)
     service.drift.observe(answer, steered)
     service.budget.observe(answer, total_s, steered)

@@ -52,7 +52,7 @@ def answer(budget: BudgetController, *exits: int, degraded: bool = False, in_eng
         )
         for exit in exits
     ]
-    return Answer(budget.point, tuple(results))
+    return Answer(budget.point, tuple(results), 0.0)
 
 
 def serve(budget: BudgetController, confidence: NDArray[np.float32], **kwargs: Any) -> NDArray[np.float64]:

@@ -62,7 +62,7 @@ class Watch:
 
 def answer(point: OperatingPoint, confidences: Sequence[float], degraded: bool = False) -> Answer:
     result = ImageResult(NOTHING, len(confidences), confidences[-1], degraded, 0.0, 0.0, tuple(confidences))
-    return Answer(point, (result,))
+    return Answer(point, (result,), 0.0)
 
 
 def test_traffic_like_the_calibration_images_does_not_alarm(frontier: Frontier) -> None:
