@@ -17,7 +17,6 @@ from server.bundle.manifest import Preprocessing
 from server.core import Pixels
 from server.errors import BadImage, DeadlineExceeded, ImageTooLarge, Overloaded, UnsupportedMediaType
 from server.frontend import images
-from server.frontend.bodies import EncodedImage
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,7 +55,7 @@ class Decoder:
         for thread in self._threads:
             thread.start()
 
-    async def decode(self, encoded: Sequence[EncodedImage], deadline: float) -> list[Pixels]:
+    async def decode(self, encoded: Sequence[images.EncodedImage], deadline: float) -> list[Pixels]:
         """All images of one request, in order. Cancelling gives up those that no thread has begun.
 
         Raises Overloaded, DeadlineExceeded where a thread was free too late, or what `images.decode` raises with

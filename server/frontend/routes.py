@@ -130,9 +130,7 @@ async def classify(request: Request) -> Response:
     )
     request_id = request.scope["state"]["request_id"]
     with service.intake.enter() as visit:
-        encoded = await read_images(
-            dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold, service.decoder.run
-        )
+        encoded = await read_images(dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold)
         service.note_arrival(len(encoded), ask.timeout_s)
         service.check_queue()
         arrived = clock()

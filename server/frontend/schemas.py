@@ -69,7 +69,7 @@ class Classification(_Model):
 
 
 class Images(_Model):
-    images: list[str] = Field(min_length=1, description="Image files, base64.")
+    images: list[str] = Field(min_length=1, description="Image files in base64, or as `data:` URLs.")
 
 
 class Predicted(_Model):
@@ -352,13 +352,12 @@ CLASSIFY: dict[str, Any] = {
         ],
         "requestBody": {
             "required": True,
-            "description": "A raw image, a form with one or more file parts named `image`, or JSON with base64.",
+            "description": "A raw image, a form with one or more files (`image` or another name), or JSON with base64.",
             "content": {
                 **dict.fromkeys(images.MEDIA_TYPES, _IMAGE_FILE),
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
-                        "required": ["image"],
                         "properties": {
                             "image": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
                         },

@@ -122,6 +122,20 @@ class TestAnswers:
             assert (result["exit"], result["degraded"]) == (1, True)
             engine.open_gates()
 
+    async def test_base64_is_taken_as_people_write_it(self, served: Any, photo: Photo) -> None:
+        texts = [
+            base64.encodebytes(photo(SURE, klass=1)).decode(),  # in lines
+            base64.urlsafe_b64encode(photo(SURE, klass=2)).decode().rstrip("="),
+            f"data:image/png;base64,{base64.b64encode(photo(SURE, klass=3)).decode()}",
+        ]
+        response = await served.classify(json.dumps({"images": texts}).encode(), "application/json")
+        assert [result["predictions"][0]["class_id"] for result in response.json()["results"]] == [1, 2, 3]
+
+    async def test_a_file_is_taken_under_any_name(self, served: Any, photo: Photo) -> None:
+        files = [*form(photo(SURE, klass=1), name="file"), *form(photo(SURE, klass=2), name="photo")]
+        response = await served.http.post("/classify", files=files)
+        assert [result["predictions"][0]["class_id"] for result in response.json()["results"]] == [1, 2]
+
     async def test_the_body_is_read_however_it_is_cut(self, served: Any, photo: Photo) -> None:
         one = httpx.Request("POST", "http://dvt/classify", files=form(photo(SURE, klass=4), photo(SURE, klass=5)))
         content = one.read()
@@ -209,7 +223,7 @@ class TestRefusals:
         "body",
         [
             "", "[]", "{}", '{"images": []}', '{"images": "x"}', '{"images": [1]}', '{"images": ["x"], "top_k": 1}',
-            '{"images": ["%%%"]}', '{"images": ["YQ"]}', "{" * 50, "[" * 100_000, '{"images": NaN}',
+            '{"images": ["%%%"]}', '{"images": ["Y"]}', "{" * 50, "[" * 100_000, '{"images": NaN}',
         ],
     )  # fmt: skip
     async def test_json_of_another_form_is_refused(self, served: Any, body: str) -> None:
@@ -218,7 +232,23 @@ class TestRefusals:
     async def test_bad_base64_names_its_index(self, served: Any, photo: Photo) -> None:
         images = [base64.b64encode(photo(SURE)).decode(), "no base64!"]
         response = await served.classify(json.dumps({"images": images}).encode(), "application/json")
-        assert problem_of(response, 422, "invalid_request")["index"] == 1
+        body = problem_of(response, 422, "invalid_request")
+        assert body["index"] == 1
+        assert body["detail"] == "images[1] is not valid base64: '!' at position 9"
+
+    async def test_a_data_url_is_held_to_its_media_type(self, served: Any, photo: Photo) -> None:
+        text = base64.b64encode(photo(SURE)).decode()
+        images = [f"data:image/png;base64,{text}", f"data:image/jpeg;base64,{text}"]
+        response = await served.classify(json.dumps({"images": images}).encode(), "application/json")
+        body = problem_of(response, 415, "unsupported_media_type")
+        assert (body["index"], body["detail"]) == (1, "Content-Type says image/jpeg, the data is image/png")
+
+    async def test_a_text_field_is_refused_by_its_name(self, served: Any, photo: Photo) -> None:
+        response = await served.http.post("/classify", files=form(photo(SURE)), data={"top_k": "1"})
+        body = problem_of(response, 422, "invalid_request")
+        assert (body["field"], body["detail"]) == (
+            "top_k", "Every part must be an image file; 'top_k' is a text field"
+        )  # fmt: skip
 
     @pytest.mark.parametrize(
         ("content_type", "body"),
@@ -230,7 +260,7 @@ class TestRefusals:
             ("multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nhalf'),
             (
                 "multipart/form-data; boundary=b",
-                b'--b\r\nContent-Disposition: form-data; name="other"\r\n\r\nx\r\n--b--',
+                b'--b\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n1\r\n--b--',
             ),
             ("multipart/form-data; boundary=b", b"--b\r\n\r\nx\r\n--b--\r\n"),
             ("multipart/form-data; boundary=b", b"--b\r\n" + b"a: b\r\n" * 100 + b"\r\nx\r\n--b--\r\n"),
