@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import commands
@@ -21,7 +23,7 @@ from server.budget.places import place_of
 from server.bundle.manifest import Bundle
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
-from server.frontend import schemas
+from server.frontend import images, schemas
 from server.settings import Settings
 
 Photo = Callable[..., bytes]
@@ -230,16 +232,16 @@ class TestRefusals:
         problem_of(await served.classify(body.encode(), "application/json"), 422, "invalid_request")
 
     async def test_bad_base64_names_its_index(self, served: Any, photo: Photo) -> None:
-        images = [base64.b64encode(photo(SURE)).decode(), "no base64!"]
-        response = await served.classify(json.dumps({"images": images}).encode(), "application/json")
+        texts = [base64.b64encode(photo(SURE)).decode(), "no base64!"]
+        response = await served.classify(json.dumps({"images": texts}).encode(), "application/json")
         body = problem_of(response, 422, "invalid_request")
         assert body["index"] == 1
         assert body["detail"] == "images[1] is not valid base64: '!' at position 9"
 
     async def test_a_data_url_is_held_to_its_media_type(self, served: Any, photo: Photo) -> None:
         text = base64.b64encode(photo(SURE)).decode()
-        images = [f"data:image/png;base64,{text}", f"data:image/jpeg;base64,{text}"]
-        response = await served.classify(json.dumps({"images": images}).encode(), "application/json")
+        texts = [f"data:image/png;base64,{text}", f"data:image/jpeg;base64,{text}"]
+        response = await served.classify(json.dumps({"images": texts}).encode(), "application/json")
         body = problem_of(response, 415, "unsupported_media_type")
         assert (body["index"], body["detail"]) == (1, "Content-Type says image/jpeg, the data is image/png")
 
@@ -337,6 +339,14 @@ class TestRefusals:
             engine.gates[1].clear()
             problem_of(await served.classify(photo(SURE), params={"timeout_ms": 30}), 504, "deadline_exceeded")
             engine.open_gates()
+
+    async def test_a_deadline_counts_while_an_image_is_decoded(self, served: Any) -> None:
+        stream = io.BytesIO()
+        Image.new("RGB", (2200, 2200)).save(stream, "PNG")
+        large = stream.getvalue()
+        with images._large_image:  # its turn does not come
+            response = await served.classify(large, params={"timeout_ms": 50})
+        problem_of(response, 504, "deadline_exceeded")
 
     async def test_an_engine_that_fails_fails_that_batch_only(
         self, served: Any, engine: FakeEngine, photo: Photo
