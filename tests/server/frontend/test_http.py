@@ -200,6 +200,15 @@ class TestRefusals:
             problem_of(response, 413, "body_too_large")
             assert served.service.intake.held_bytes == 0
 
+    @pytest.mark.parametrize(
+        ("stated", "status"), [("1001", 413), ("0" * 30 + "1001", 413), ("9" * 5000, 413), ("³", 400), ("٣", 400)]
+    )
+    async def test_a_length_is_stated_in_plain_digits(self, serve: Any, stated: str, status: int) -> None:
+        async with serve(max_body_bytes=1000) as served:
+            headers = [(b"content-type", b"image/png"), (b"content-length", stated.encode())]
+            response = await served.http.post("/classify", content=b"x", headers=headers)
+            assert response.status_code == status
+
     async def test_too_many_images_are_refused(self, serve: Any, photo: Photo) -> None:
         async with serve(max_images=2) as served:
             files = [photo(SURE)] * 3
@@ -281,6 +290,11 @@ class TestRefusals:
             ("max_exit=0", "max_exit"), ("max_exit=4", "max_exit"), ("min_confidence=1.1", "min_confidence"),
             ("min_confidence=inf", "min_confidence"), ("topk=1", "topk"), ("top_k=1&top_k=2", "top_k"),
             ("priority=urgent", "priority"), ("priority=3", "priority"),
+            *((f"{name}={text}", name) for name in ("timeout_ms", "min_confidence") for text in (
+                "", ".", "-1", "%2B1", "1e0", "1_0", "%201", "1%20", "1%0A", "0x1", "%D9%A1", "%EF%BC%91", "%C2%B9",
+                "infinity", "1,0", "9" * 400,
+            )),
+            ("top_k=%D9%A1", "top_k"), ("top_k=1_0", "top_k"), ("top_k=%2B1", "top_k"), ("top_k=1%0A", "top_k"),
         ],
     )  # fmt: skip
     async def test_a_bad_query_names_the_parameter(self, served: Any, photo: Photo, query: str, field: str) -> None:
@@ -457,6 +471,13 @@ class TestBudget:
         weak = await served.http.put("/budget", json={"gmacs": 0.05}, headers={"if-match": f"W/{new}"})
         problem_of(weak, 412, "version_mismatch")
 
+    async def test_if_match_may_stand_on_several_lines(self, served: Any) -> None:
+        etag = (await served.http.get("/budget")).headers["etag"]
+        for lines, status in ((['"x"', '"y"'], 412), (['"x"', etag], 200)):
+            headers = [("if-match", line) for line in lines]
+            response = await served.http.put("/budget", json={"gmacs": 0.05}, headers=headers)
+            assert response.status_code == status
+
     async def test_out_of_reach_says_what_is_feasible(self, served: Any) -> None:
         body = problem_of(await served.http.put("/budget", json={"gmacs": 1e-6}), 422, "budget_infeasible")
         assert body["feasible"] == (await served.http.get("/budget")).json()["feasible"]
@@ -503,6 +524,24 @@ class TestBudget:
                 assert len(exits) == 1, "two images of one request"
                 leaves[place_of(f"id-{number}", "mix") < mix["share"]] |= exits
         assert leaves == {True: {stage + 2}, False: {stage + 1}}
+
+    @pytest.mark.parametrize(
+        "text",
+        ["[" * 16_000, '{"a":' * 3000, '{"hold":' + "[" * 1000 + "]" * 1000 + "}", '{"hold":"' + "k" * 16_000 + '"}',
+         '{"gmacs":' + "[" * 1000 + "]" * 1000 + "}", '{"thresholds":' + "[" * 1000 + "]" * 1000 + "}",
+         '{"gmacs":' + "9" * 16_000 + "}", '{"gmacs":1e999}', '{"gmacs":-' + "9" * 300 + "}", '{"gmacs":NaN}',
+         '{"thresholds":[' + "9" * 300 + ",0.5]}", '{"mix":' + "[" * 300 + "]" * 300 + ',"gmacs":0.03}',
+         '{"latency_ms":' + "9" * 300 + "}", '{"accuracy":0.5,"quantile":' + "9" * 300 + "}", '{"gmacs":{"gmacs":1}}',
+         '{"\\ud800":1}', '{"é' + "k" * 5000 + '":1}', '{"gmacs":null}'],
+    )  # fmt: skip
+    async def test_a_hostile_budget_is_refused(self, served: Any, text: str) -> None:
+        before = (await served.http.get("/budget")).json()
+        for path in ("/budget", "/budget/preview"):
+            method = served.http.put if path == "/budget" else served.http.post
+            response = await method(path, content=text.encode(), headers={"content-type": "application/json"})
+            assert response.status_code == 422, response.text
+            assert len(response.content) < 2000
+        assert (await served.http.get("/budget")).json() == before
 
     async def test_only_json_is_taken_and_little_of_it(self, served: Any) -> None:
         problem_of(await served.http.put("/budget", content=b"{}"), 415, "unsupported_media_type")
