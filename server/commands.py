@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 import sys
+import warnings
 from contextlib import aclosing
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
@@ -76,6 +77,7 @@ def start(settings: Settings, dry_run: bool) -> None:
     from server.frontend import listener
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    hush()
     if settings.log_level != "debug":
         logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it tells what we tell
     # The address first: that it is taken should be said at once, not after the engine was loaded.
@@ -104,6 +106,17 @@ def start(settings: Settings, dry_run: bool) -> None:
 
         if not listener.run(app, settings, socket, started):
             raise click.ClickException("the server failed; the log says why")
+
+
+def hush() -> None:
+    """Keep libraries from telling the log what clients send. Before the first thread starts: warnings have one filter
+    for all of them.
+
+    Pillow warns of broken EXIF blocks, APNG headers, palettes and much more, once for every text that it comes upon,
+    and Python remembers every one of those texts.
+    """
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"PIL\.|server\.frontend\.images\Z")  # ours, where it blames who called it
 
 
 def calibrate(

@@ -140,7 +140,7 @@ def solve(
     if not isinstance(mix, bool):  # it comes as it was sent
         raise InvalidRequest("mix must be true or false", field="mix")
     if hold not in ("cost", "quality"):
-        raise InvalidRequest(f'hold is "cost" or "quality", not {hold!r}')
+        raise InvalidRequest('hold is "cost" or "quality"', field="hold")  # which may be anything, of any depth
     if len(target.keys() - {"quantile"}) != 1 or not target.keys() <= {*TARGETS, "quantile"}:
         raise InvalidRequest(f"exactly one target is needed: {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
     if "quantile" in target and "latency_ms" not in target:

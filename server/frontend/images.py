@@ -88,6 +88,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+EncodedImage = tuple[bytes, str | None]  # the file, and the media type that the client states for it
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,13 +109,10 @@ def _whole(name: str, text: str, low: int, high: int | None) -> int:
 
 
 def _number(name: str, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise InvalidRequest(f"{name} must be a number", field=name)
-    return number
+    """Not with `float` alone: it takes other scripts, blanks, signs, `1_000`, `1e2` and `inf`."""
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text):
+        raise InvalidRequest(f"{name} must be a decimal number, as 250 or 0.25", field=name)
+    return float(text)
 
 
 async def classify(request: Request) -> Response:
@@ -132,9 +128,7 @@ async def classify(request: Request) -> Response:
     )
     request_id = request.scope["state"]["request_id"]
     with service.intake.enter() as visit:
-        encoded = await read_images(
-            dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold, service.decoder.run
-        )
+        encoded = await read_images(dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold)
         visit.begin()
         service.note_arrival(len(encoded), ask.timeout_s)
         service.check_queue()
@@ -227,7 +221,7 @@ async def put_budget(request: Request) -> Response:
     service.control_token.check(headers)
     service.check_door()
     target, hold, mix = await _read_target(request)
-    if_match = _if_match(request.headers.get("if-match"), service.budget.point.version)
+    if_match = _if_match(request.headers.getlist("if-match"), service.budget.point.version)
     state = await service.budget.put(target, hold, if_match, mix=mix)
     service.note_budget(state, request.client, request.scope["state"]["request_id"])
     return _budget_response(service, state)
@@ -258,16 +252,27 @@ def _target(document: dict[str, Any]) -> tuple[dict[str, Any], str, bool]:
     return target, document.get("hold", "cost"), document.get("mix", False)
 
 
-def _if_match(header: str | None, current: int) -> int | Literal["*"] | None:
-    """Our ETag is the version in quotes. Weak tags never match (RFC 9110, 13.1.1)."""
-    if header is None:
+_LISTED_TAG = re.compile(r'[ \t]*+(?:(W/)?"([\x21\x23-\x7e\x80-\xff]*+)")?[ \t]*+(?:,|\Z)')  # or nothing between commas
+
+
+def _if_match(lines: Sequence[str], current: int) -> int | Literal["*"] | None:
+    """RFC 9110, 13.1.1: `*`, or a list of entity tags, on any number of lines. Ours is the version in quotes; a weak
+    tag never matches. Raises VersionMismatch, or InvalidRequest for what is no such list: it may be meant to match."""
+    if not lines:
         return None
-    tags = [tag.strip() for tag in header.split(",")]
-    if "*" in tags:
+    header = ",".join(lines)
+    if header.strip(" \t") == "*":
         return "*"
-    if f'"{current}"' in tags:
-        return current
-    raise VersionMismatch(f"The budget is at version {current}; If-Match names {header[:60]}", version=current)
+    at, matches = 0, False
+    while at < len(header):
+        found = _LISTED_TAG.match(header, at)
+        if found is None:
+            raise InvalidRequest(f'If-Match must be * or a list of tags such as "{current}"', field="If-Match")
+        at = found.end()
+        matches = matches or (found[1] is None and found[2] == str(current))
+    if not matches:
+        raise VersionMismatch(f"The budget is at version {current}; If-Match names {header[:60]}", version=current)
+    return current
 
 
 def _budget_response(service: Service, state: BudgetState) -> Response:

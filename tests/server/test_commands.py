@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import json
+import logging
 import re
+import struct
 import subprocess
 import sys
+import warnings
+import zlib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -15,10 +21,16 @@ from typing import Any
 import click
 import pytest
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from typer.testing import CliRunner
 
 from server.__main__ import add, build
-from server.commands import parse_target
+from server.bundle.manifest import Preprocessing
+from server.commands import hush, parse_target
+from server.errors import BadImage, ImageTooLarge, UnsupportedMediaType
+from server.frontend import images
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -210,3 +222,60 @@ def test_other_packages_bring_commands_by_entry_point() -> None:
     app.callback()(lambda: None)
     add(app, EntryPoint("mine", "server.commands:register", "dvt.commands"))
     assert "classify" in CliRunner().invoke(app, ["--help"]).output
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with one more chunk, behind its first."""
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return png[:33] + chunk + png[33:]
+
+
+def in_format(image: Image.Image, format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+EXIF = b"II*\0\x08\0\0\0\x02\0" + b"\x0e\x01\x02\0\xff\xff\0\0\xff\0\0\0" + b"\x12\x01\x03\0\x01"
+PHOTO = Image.linear_gradient("L").resize((24, 24))
+NOISY = [
+    with_chunk(in_format(PHOTO, "PNG"), b"eXIf", EXIF),  # a description beyond the file, an entry cut short
+    with_chunk(in_format(PHOTO, "PNG"), b"acTL", bytes(8)),  # an animation of no frames
+    in_format(PHOTO.convert("RGB"), "WEBP", exif=EXIF),
+    in_format(PHOTO.convert("CMYK"), "JPEG", exif=b"Exif\0\0" + EXIF),
+    in_format(PHOTO.convert("P"), "PNG", transparency=bytes(range(256))),
+    in_format(PHOTO.convert("P"), "GIF", transparency=3),
+    in_format(PHOTO, "BMP"),
+]
+
+
+def heard(file: bytes) -> list[str]:
+    """What decoding a file tells the log and the standard error."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.DEBUG + 1)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            hush()
+            with contextlib.suppress(BadImage, ImageTooLarge, UnsupportedMediaType):
+                images.decode(file, None, Preprocessing(8, (8, 8)), images.ImageLimits())
+        return [*(record.getMessage() for record in records), *(str(warning.message) for warning in caught)]
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+@given(st.sampled_from(NOISY), st.lists(st.tuples(st.integers(0, 300), st.sampled_from(b"\0\x01\x7f\xff")), max_size=4))
+def test_images_are_decoded_in_silence_however_odd_they_are(file: bytes, odd: list[tuple[int, int]]) -> None:
+    spoilt = bytearray(file)
+    for place, byte in odd:
+        spoilt[place % len(spoilt)] = byte
+    assert heard(bytes(spoilt)) == []
+
+
+def test_without_that_they_would_not_be() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        images.decode(NOISY[0], None, Preprocessing(8, (8, 8)), images.ImageLimits())
+    assert caught

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import commands
@@ -21,7 +23,7 @@ from server.budget.places import place_of
 from server.bundle.manifest import Bundle
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
-from server.frontend import schemas
+from server.frontend import images, schemas
 from server.settings import Settings
 
 Photo = Callable[..., bytes]
@@ -122,6 +124,20 @@ class TestAnswers:
             assert (result["exit"], result["degraded"]) == (1, True)
             engine.open_gates()
 
+    async def test_base64_is_taken_as_people_write_it(self, served: Any, photo: Photo) -> None:
+        texts = [
+            base64.encodebytes(photo(SURE, klass=1)).decode(),  # in lines
+            base64.urlsafe_b64encode(photo(SURE, klass=2)).decode().rstrip("="),
+            f"data:image/png;base64,{base64.b64encode(photo(SURE, klass=3)).decode()}",
+        ]
+        response = await served.classify(json.dumps({"images": texts}).encode(), "application/json")
+        assert [result["predictions"][0]["class_id"] for result in response.json()["results"]] == [1, 2, 3]
+
+    async def test_a_file_is_taken_under_any_name(self, served: Any, photo: Photo) -> None:
+        files = [*form(photo(SURE, klass=1), name="file"), *form(photo(SURE, klass=2), name="photo")]
+        response = await served.http.post("/classify", files=files)
+        assert [result["predictions"][0]["class_id"] for result in response.json()["results"]] == [1, 2]
+
     async def test_the_body_is_read_however_it_is_cut(self, served: Any, photo: Photo) -> None:
         one = httpx.Request("POST", "http://dvt/classify", files=form(photo(SURE, klass=4), photo(SURE, klass=5)))
         content = one.read()
@@ -184,6 +200,15 @@ class TestRefusals:
             problem_of(response, 413, "body_too_large")
             assert served.service.intake.held_bytes == 0
 
+    @pytest.mark.parametrize(
+        ("stated", "status"), [("1001", 413), ("0" * 30 + "1001", 413), ("9" * 5000, 413), ("³", 400), ("٣", 400)]
+    )
+    async def test_a_length_is_stated_in_plain_digits(self, serve: Any, stated: str, status: int) -> None:
+        async with serve(max_body_bytes=1000) as served:
+            headers = [(b"content-type", b"image/png"), (b"content-length", stated.encode())]
+            response = await served.http.post("/classify", content=b"x", headers=headers)
+            assert response.status_code == status
+
     async def test_too_many_images_are_refused(self, serve: Any, photo: Photo) -> None:
         async with serve(max_images=2) as served:
             files = [photo(SURE)] * 3
@@ -209,16 +234,32 @@ class TestRefusals:
         "body",
         [
             "", "[]", "{}", '{"images": []}', '{"images": "x"}', '{"images": [1]}', '{"images": ["x"], "top_k": 1}',
-            '{"images": ["%%%"]}', '{"images": ["YQ"]}', "{" * 50, "[" * 100_000, '{"images": NaN}',
+            '{"images": ["%%%"]}', '{"images": ["Y"]}', "{" * 50, "[" * 100_000, '{"images": NaN}',
         ],
     )  # fmt: skip
     async def test_json_of_another_form_is_refused(self, served: Any, body: str) -> None:
         problem_of(await served.classify(body.encode(), "application/json"), 422, "invalid_request")
 
     async def test_bad_base64_names_its_index(self, served: Any, photo: Photo) -> None:
-        images = [base64.b64encode(photo(SURE)).decode(), "no base64!"]
-        response = await served.classify(json.dumps({"images": images}).encode(), "application/json")
-        assert problem_of(response, 422, "invalid_request")["index"] == 1
+        texts = [base64.b64encode(photo(SURE)).decode(), "no base64!"]
+        response = await served.classify(json.dumps({"images": texts}).encode(), "application/json")
+        body = problem_of(response, 422, "invalid_request")
+        assert body["index"] == 1
+        assert body["detail"] == "images[1] is not valid base64: '!' at position 9"
+
+    async def test_a_data_url_is_held_to_its_media_type(self, served: Any, photo: Photo) -> None:
+        text = base64.b64encode(photo(SURE)).decode()
+        texts = [f"data:image/png;base64,{text}", f"data:image/jpeg;base64,{text}"]
+        response = await served.classify(json.dumps({"images": texts}).encode(), "application/json")
+        body = problem_of(response, 415, "unsupported_media_type")
+        assert (body["index"], body["detail"]) == (1, "Content-Type says image/jpeg, the data is image/png")
+
+    async def test_a_text_field_is_refused_by_its_name(self, served: Any, photo: Photo) -> None:
+        response = await served.http.post("/classify", files=form(photo(SURE)), data={"top_k": "1"})
+        body = problem_of(response, 422, "invalid_request")
+        assert (body["field"], body["detail"]) == (
+            "top_k", "Every part must be an image file; 'top_k' is a text field"
+        )  # fmt: skip
 
     @pytest.mark.parametrize(
         ("content_type", "body"),
@@ -230,7 +271,7 @@ class TestRefusals:
             ("multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nhalf'),
             (
                 "multipart/form-data; boundary=b",
-                b'--b\r\nContent-Disposition: form-data; name="other"\r\n\r\nx\r\n--b--',
+                b'--b\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n1\r\n--b--',
             ),
             ("multipart/form-data; boundary=b", b"--b\r\n\r\nx\r\n--b--\r\n"),
             ("multipart/form-data; boundary=b", b"--b\r\n" + b"a: b\r\n" * 100 + b"\r\nx\r\n--b--\r\n"),
@@ -249,6 +290,11 @@ class TestRefusals:
             ("max_exit=0", "max_exit"), ("max_exit=4", "max_exit"), ("min_confidence=1.1", "min_confidence"),
             ("min_confidence=inf", "min_confidence"), ("topk=1", "topk"), ("top_k=1&top_k=2", "top_k"),
             ("priority=urgent", "priority"), ("priority=3", "priority"),
+            *((f"{name}={text}", name) for name in ("timeout_ms", "min_confidence") for text in (
+                "", ".", "-1", "%2B1", "1e0", "1_0", "%201", "1%20", "1%0A", "0x1", "%D9%A1", "%EF%BC%91", "%C2%B9",
+                "infinity", "1,0", "9" * 400,
+            )),
+            ("top_k=%D9%A1", "top_k"), ("top_k=1_0", "top_k"), ("top_k=%2B1", "top_k"), ("top_k=1%0A", "top_k"),
         ],
     )  # fmt: skip
     async def test_a_bad_query_names_the_parameter(self, served: Any, photo: Photo, query: str, field: str) -> None:
@@ -295,6 +341,14 @@ class TestRefusals:
             engine.gates[1].clear()
             problem_of(await served.classify(photo(SURE), params={"timeout_ms": 30}), 504, "deadline_exceeded")
             engine.open_gates()
+
+    async def test_a_deadline_counts_while_an_image_is_decoded(self, served: Any) -> None:
+        stream = io.BytesIO()
+        Image.new("RGB", (2200, 2200)).save(stream, "PNG")
+        large = stream.getvalue()
+        with images._large_image:  # its turn does not come
+            response = await served.classify(large, params={"timeout_ms": 50})
+        problem_of(response, 504, "deadline_exceeded")
 
     async def test_an_engine_that_fails_fails_that_batch_only(
         self, served: Any, engine: FakeEngine, photo: Photo
@@ -405,6 +459,13 @@ class TestBudget:
         weak = await served.http.put("/budget", json={"gmacs": 0.05}, headers={"if-match": f"W/{new}"})
         problem_of(weak, 412, "version_mismatch")
 
+    async def test_if_match_may_stand_on_several_lines(self, served: Any) -> None:
+        etag = (await served.http.get("/budget")).headers["etag"]
+        for lines, status in ((['"x"', '"y"'], 412), (['"x"', etag], 200)):
+            headers = [("if-match", line) for line in lines]
+            response = await served.http.put("/budget", json={"gmacs": 0.05}, headers=headers)
+            assert response.status_code == status
+
     async def test_out_of_reach_says_what_is_feasible(self, served: Any) -> None:
         body = problem_of(await served.http.put("/budget", json={"gmacs": 1e-6}), 422, "budget_infeasible")
         assert body["feasible"] == (await served.http.get("/budget")).json()["feasible"]
@@ -451,6 +512,24 @@ class TestBudget:
                 assert len(exits) == 1, "two images of one request"
                 leaves[place_of(f"id-{number}", "mix") < mix["share"]] |= exits
         assert leaves == {True: {stage + 2}, False: {stage + 1}}
+
+    @pytest.mark.parametrize(
+        "text",
+        ["[" * 16_000, '{"a":' * 3000, '{"hold":' + "[" * 1000 + "]" * 1000 + "}", '{"hold":"' + "k" * 16_000 + '"}',
+         '{"gmacs":' + "[" * 1000 + "]" * 1000 + "}", '{"thresholds":' + "[" * 1000 + "]" * 1000 + "}",
+         '{"gmacs":' + "9" * 16_000 + "}", '{"gmacs":1e999}', '{"gmacs":-' + "9" * 300 + "}", '{"gmacs":NaN}',
+         '{"thresholds":[' + "9" * 300 + ",0.5]}", '{"mix":' + "[" * 300 + "]" * 300 + ',"gmacs":0.03}',
+         '{"latency_ms":' + "9" * 300 + "}", '{"accuracy":0.5,"quantile":' + "9" * 300 + "}", '{"gmacs":{"gmacs":1}}',
+         '{"\\ud800":1}', '{"é' + "k" * 5000 + '":1}', '{"gmacs":null}'],
+    )  # fmt: skip
+    async def test_a_hostile_budget_is_refused(self, served: Any, text: str) -> None:
+        before = (await served.http.get("/budget")).json()
+        for path in ("/budget", "/budget/preview"):
+            method = served.http.put if path == "/budget" else served.http.post
+            response = await method(path, content=text.encode(), headers={"content-type": "application/json"})
+            assert response.status_code == 422, response.text
+            assert len(response.content) < 2000
+        assert (await served.http.get("/budget")).json() == before
 
     async def test_only_json_is_taken_and_little_of_it(self, served: Any) -> None:
         problem_of(await served.http.put("/budget", content=b"{}"), 415, "unsupported_media_type")
