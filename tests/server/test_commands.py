@@ -249,5 +249,5 @@ def test_images_are_decoded_in_silence_however_odd_they_are(file: bytes, odd: li
 
 
 def test_without_that_they_would_not_be() -> None:
-    with pytest.warns(UserWarning, match="EXIF"):
+    with pytest.warns(UserWarning, match="EXIF|Tag data"):
         images.decode(NOISY[0], None, Preprocessing(8, (8, 8)), images.ImageLimits())
