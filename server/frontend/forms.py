@@ -49,7 +49,8 @@ class FormFiles:
         self._state: Callable[[], bool] = self._content  # says whether it can be asked again before the next chunk
 
     def feed(self, chunk: bytes) -> None:
-        self._kept, self._at = self._kept[self._at :] + chunk, 0
+        rest = self._kept[self._at :]
+        self._kept, self._at = rest + chunk if rest else chunk, 0
         while self._state():
             pass
 
@@ -65,7 +66,10 @@ class FormFiles:
     def _content(self) -> bool:
         """Of a part, or the preamble."""
         found = self._kept.find(self._delimiter, self._at)
-        end = found if found >= 0 else max(self._at, len(self._kept) - len(self._delimiter) + 1)
+        end = found
+        if found < 0:  # but its beginning may be there
+            end = self._kept.find(b"\r", max(self._at, len(self._kept) - len(self._delimiter) + 1))
+            end = end if end >= 0 else len(self._kept)
         if self._file is not None:
             self._file.write(memoryview(self._kept)[self._at : end])
         self._at = end

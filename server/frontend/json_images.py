@@ -146,9 +146,10 @@ class JsonImages:
         if chunk.find(b"\\", at, end) < 0:
             text = chunk[at:end]
             if not self._text.feed_plain(text):
-                if found := _CONTROL.search(text):
+                found = _CONTROL.search(text)
+                self._text.feed(text[: found.start()] if found else text)
+                if found:
                     raise self._invalid(at + found.start())
-                self._text.feed(text)
             return end
         found = _ESCAPED.match(chunk, at)
         end = at if found is None else found.end()

@@ -115,6 +115,7 @@ tokens = st.sampled_from(
     cuts,
 )
 @example(b'{"images":["YWJj"]}x', [])
+@example(b'{"images":["%\0"]}', [])
 @example(b'{"images":["YWJj"],"images":["YWJj"]}', [])
 @example(b'\xef\xbb\xbf{"images":["YWJj"]}', [])
 @example('{"images":["YWJj"]}'.encode("utf-16-le"), [])
