@@ -178,15 +178,18 @@ class Server:
     runs is what clients asked for. `module` serves in place of it, with `arguments` after the bundle.
     """
 
-    def __init__(self, bundle: Path, module: str = "", arguments: Sequence[str] = (), **settings: object) -> None:
+    def __init__(
+        self, bundle: Path | str, module: str = "", arguments: Sequence[str] = (), root: Path = ROOT, **settings: object
+    ) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DVT_")}
         values = {"state_dir": "", "audit_fraction": 0, **settings}
         environment |= {f"DVT_{name.upper()}": str(value) for name, value in values.items()}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed at the end of the block
-        served = [module, str(bundle), *arguments] if module else ["benchmarks.named_threads", "serve", str(bundle)]
+        serve = ["benchmarks.named_threads", "serve", *([str(bundle)] if bundle else [])]
+        served = [module, str(bundle), *arguments] if module else serve
         command = [sys.executable, "-m", *served, *([] if module else ["--port", "0"])]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
+            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         self.pid = self._process.pid
         self.port = 0

@@ -73,6 +73,20 @@ def test_slow_clients_are_closed_and_others_asked_beside_them(run: Run) -> None:
     assert figures["deaf_p99_ratio"] > 0
 
 
+def test_floods_are_over_soon_and_leave_the_server_standing(run: Run) -> None:
+    short = ("--mib", "1", "--trailers-mib", "1", "--pipelined-mib", "1", "--connections", "2", "--seconds", "1")
+    results = run("floods", *short)
+    assert results["broken"] == []
+    assert len(results["table"]) == 11
+
+
+def test_a_checkout_is_held_against_this_one(run: Run) -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    results = run("checkouts", root, "--rounds", "1", "--lone", "5", "--seconds", "0.3", "--clients", "2")
+    assert results["broken"] == []
+    assert results["figures"]["lone_ratio"] > 0
+
+
 def test_hostile_files_get_what_their_manifest_expects(run: Run, tmp_path: Path) -> None:
     from benchmarks.photos import photo
 
