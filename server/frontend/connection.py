@@ -272,16 +272,20 @@ class Connection(asyncio.Protocol):
         except ServeError as error:
             self._refuse(error)
             return
+        size = len(self._buffer) if exchange.missing is None else exchange.missing
+        if size < len(self._buffer) and not self._pipelines:
+            self._pipelines = True
+            self._buffer[:0] = header
+            self._queue()
+            return
         self._exchange = exchange
         self._idle = False
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        size = len(self._buffer) if exchange.missing is None else exchange.missing
         body = bytes(self._buffer[:size])
         del self._buffer[:size]
         self.resume_reading()
-        self._pipelines |= bool(self._buffer) and exchange.missing is not None
         self._connections.others += not self._pipelines
         exchange.in_turn = self._pipelines
         exchange.feed(body)
@@ -423,7 +427,9 @@ class Connection(asyncio.Protocol):
     def _dismiss(self) -> None:
         if self._patience is not None or self._exchange is not None or self._blocked is not None:
             return  # it came after all, or the time to send judges this client
-        if self._buffer:
+        if self._queued:
+            self._await_header(self.limits.header_timeout_s)  # now it is us who let it wait
+        elif self._buffer:
             seconds = self.limits.header_timeout_s
             self._refuse(RequestTimeout(f"The header was not complete after {seconds:g} s"))
         else:  # not one byte of a request: there is nothing to answer
