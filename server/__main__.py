@@ -7,14 +7,20 @@ package whose libraries are not installed (torch, onnx) still shows, and says wh
 from __future__ import annotations
 
 import sys
-from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, NoReturn
 
-import click
-import typer
+try:
+    from contextlib import suppress
+    from importlib.metadata import EntryPoint, entry_points
+    from typing import Annotated, NoReturn
 
-from server import commands
-from server.errors import BundleError
+    import click
+    import typer
+
+    from server import commands, process
+    from server.errors import BundleError
+except KeyboardInterrupt:  # all this takes half a second, in which one may have thought better of it
+    print("Interrupted", file=sys.stderr)
+    sys.exit(130)
 
 GROUP = "dvt.commands"
 
@@ -82,7 +88,8 @@ def _install(error: ModuleNotFoundError) -> str:
 
 
 def main() -> None:
-    """Run `dvt`. Exit status 0: done; 1: failed; 2: it was told something that it cannot do."""
+    """Run `dvt`. Exit status 0: done; 1: failed; 2: it was told something that it cannot do; 130: Ctrl-C."""
+    process.open_standard_descriptors()
     try:
         build()(prog_name="dvt")
     except click.ClickException as error:  # typer brings a click of its own, and passes on what is not its own
@@ -93,10 +100,13 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] in ("server", "model", "export"):
             raise
         _fail(_install(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    with suppress(OSError):  # nobody reads it, or the disk is full: the status tells
+        click.echo(f"Error: {message}", err=True)
     sys.exit(status)
 
 

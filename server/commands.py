@@ -11,8 +11,11 @@ from typing import Annotated, Any
 import click
 import typer
 
+from server import process
 from server.client import DEFAULT_URL, Client, ClientError
 from server.settings import Settings, SettingsError, read_settings
+
+log = logging.getLogger(__name__)
 
 Url = Annotated[
     str, typer.Option("--url", envvar="DVT_URL", metavar="URL", help="The server to ask.", show_default=True)
@@ -58,6 +61,10 @@ def serve(
 
 def start(settings: Settings, dry_run: bool) -> None:
     """Build the server and run it. Raises SettingsError, or ClickException for a bundle that cannot be served."""
+    process.raise_descriptor_limit()
+    process.log_to_stderr(settings.log_level)
+    if not dry_run:
+        process.hear_stop(lambda _: process.leave(0))  # until there is a server to stop
     # Heavy: kept away from the other commands, and from --help.
     from server.app import create_app
     from server.bundle.manifest import EMBEDDED, Bundle
@@ -65,9 +72,6 @@ def start(settings: Settings, dry_run: bool) -> None:
     from server.errors import BundleError
     from server.frontend import listener
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if settings.log_level != "debug":
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it tells what we tell
     # The address first: that it is taken should be said at once, not after the engine was loaded.
     with contextlib.nullcontext() if dry_run else listener.bind(settings) as socket:
         try:
@@ -88,12 +92,16 @@ def start(settings: Settings, dry_run: bool) -> None:
         url = listener.url_of(socket)
 
         def started() -> None:
-            click.echo(f"Serving {model}")
-            click.echo(f"Listening on {url}   (docs: {url}/docs, stop: Ctrl-C)")
-            click.echo(f"Try: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/classify")
+            process.say(
+                f"Serving {model}\n"
+                f"Listening on {url}   (docs: {url}/docs, stop: Ctrl-C)\n"
+                f"Try: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/classify"
+            )
 
-        if not listener.run(app, settings, socket, started):
-            raise click.ClickException("the server failed; the log says why")
+        ended_well = listener.run(app, settings, socket, started)
+        if not ended_well:
+            log.critical("the server failed")
+        process.leave(0 if ended_well else 1)
 
 
 def calibrate(

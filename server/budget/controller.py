@@ -457,6 +457,11 @@ class BudgetController:
         finally:
             self._syncing = None
 
+    @property
+    def syncing(self) -> bool:
+        """Whether what was stored is on its way to the disk."""
+        return self._syncing is not None
+
     async def close(self) -> None:
         """Wait until what was stored is on the disk."""
         if self._syncing is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,6 +19,8 @@ from server.core import Pixels
 from server.errors import BadImage, DeadlineExceeded, ImageTooLarge, Overloaded, UnsupportedMediaType
 from server.frontend import images
 from server.frontend.bodies import EncodedImage
+
+RUN_S = 30.0  # for what is run here without a deadline of its own
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,15 +45,21 @@ class Decoder:
         self._clock = clock
         self._most = threads + max_waiting
         self._pending = 0  # images that wait or are being decoded
+        self._began: dict[str, float] = {}  # when a thread, by name, began what it is at
         self._line: _Line = queue.SimpleQueue()  # bounded by `_pending`
         # Large images take turns, to bound memory. They do it in a thread of their own, so that none of the others
         # waits with them.
         self._large: _Line = queue.SimpleQueue()
         lines = {f"decode-{number}": self._line for number in range(1, threads + 1)} | {"decode-large": self._large}
         self._threads = {
-            threading.Thread(target=self._serve, args=(line,), name=name, daemon=True): line
+            threading.Thread(target=self._serve, args=(name, line), name=name, daemon=True): line
             for name, line in lines.items()
         }
+
+    @property
+    def out(self) -> dict[str, float]:
+        """When each thread that is at something began it, by the thread's name."""
+        return self._began.copy()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -59,19 +68,20 @@ class Decoder:
     async def decode(self, encoded: Sequence[EncodedImage], deadline: float) -> list[Pixels]:
         """All images of one request, in order. Cancelling gives up those that no thread has begun.
 
-        Raises Overloaded, DeadlineExceeded where a thread was free too late, or what `images.decode` raises with
-        `index` added: that of the first bad image.
+        Raises Overloaded, DeadlineExceeded, or what `images.decode` raises with `index` added: that of the first bad
+        image.
         """
         count = len(encoded)
         if self._pending + count > self._most:
             raise Overloaded("Too many images wait to be decoded", retry_after_s=1)
         self._pending += count
         try:
-            outcomes = [
-                self._put(partial(self._decode, index, data, media_type, deadline))
-                for index, (data, media_type) in enumerate(encoded)
-            ]
-            decoded = [await outcomes[0]] if count == 1 else await asyncio.gather(*outcomes)
+            async with _within(deadline - self._clock()):
+                outcomes = [
+                    self._put(partial(self._decode, index, data, media_type, deadline))
+                    for index, (data, media_type) in enumerate(encoded)
+                ]
+                decoded = [await outcomes[0]] if count == 1 else await asyncio.gather(*outcomes)
         finally:
             self._pending -= count
         pixels = []
@@ -81,9 +91,13 @@ class Decoder:
             pixels.append(outcome)
         return pixels
 
-    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
-        """Run something that would block in one of the threads. Cancelling the future skips what was not begun."""
-        return self._put(lambda _: function(*args, **kwargs))
+    async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run something that would block in one of the threads. Cancelling skips what was not begun.
+
+        Raises what it raises, and DeadlineExceeded.
+        """
+        async with _within(RUN_S):
+            return await self._put(lambda _: function(*args, **kwargs))
 
     def _put(self, call: Callable[[bool], R]) -> asyncio.Future[R]:
         """`call` is told whether it may wait for the turn of a large image."""
@@ -116,10 +130,11 @@ class Decoder:
             if thread.ident is not None:  # started
                 thread.join()
 
-    def _serve(self, line: _Line) -> None:
+    def _serve(self, name: str, line: _Line) -> None:
         while (work := line.get()) is not None:
+            self._began[name] = self._clock()
             work(line is self._large)
-            del work  # an idle thread must not keep an image alive
+            del self._began[name], work  # an idle thread must not keep an image alive
 
     def _decode(
         self, index: int, data: bytes, media_type: str | None, deadline: float, in_turn: bool
@@ -138,6 +153,19 @@ class Decoder:
         except (BadImage, ImageTooLarge, UnsupportedMediaType) as error:
             error.extra["index"] = index
             return error
+
+
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    """Also where a thread hangs, nobody waits for it for ever."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded("The deadline passed before the images were decoded") from None
 
 
 def _tell(

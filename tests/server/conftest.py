@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from server import process
 from server.app import create_app
 from server.bundle.frontier import sweep
 from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
@@ -203,6 +204,9 @@ def listening(bundle: Bundle, engine: FakeEngine) -> Any:
         app = create_app(values, bundle, engine)
         started = asyncio.Event()
         server = listener.make_server(app, values, started.set)
+        loop = asyncio.get_running_loop()
+        for number in process.STOP:
+            loop.add_signal_handler(number, server.signalled, number)
         with listener.bind(values) as bound:
             task = asyncio.create_task(server.serve([bound]))
             await started.wait()
@@ -216,6 +220,8 @@ def listening(bundle: Bundle, engine: FakeEngine) -> Any:
                     line.close()
                 server.should_exit = True
                 await task
+                for number in process.STOP:
+                    loop.remove_signal_handler(number)
 
     return start
 
