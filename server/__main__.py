@@ -9,15 +9,21 @@ from __future__ import annotations
 import errno
 import io
 import sys
-from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, NoReturn
 
-import click
-import typer
+try:
+    from contextlib import suppress
+    from importlib.metadata import EntryPoint, entry_points
+    from typing import Annotated, NoReturn
 
-from server import commands
-from server.errors import BundleError
-from server.terminal import printable
+    import click
+    import typer
+
+    from server import commands, process
+    from server.errors import BundleError
+    from server.terminal import printable
+except KeyboardInterrupt:  # all this takes half a second, in which one may have thought better of it
+    print("Interrupted", file=sys.stderr)
+    sys.exit(130)
 
 GROUP = "dvt.commands"
 
@@ -84,7 +90,8 @@ def _install(error: ModuleNotFoundError) -> str:
 
 
 def main() -> None:
-    """Run `dvt`. Exit status 0: done; 1: failed; 2: it was told something that it cannot do."""
+    """Run `dvt`. Exit status 0: done; 1: failed; 2: it was told something that it cannot do; 130: Ctrl-C."""
+    process.open_standard_descriptors()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: labels and names may be more than it can encode
     try:
@@ -101,10 +108,13 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         _fail(f"{error.filename or 'the output'}: {str(error.strerror).lower()}", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"Error: {printable(message)}", err=True)
+    with suppress(OSError):  # nobody reads it, or the disk is full: the status tells
+        click.echo(f"Error: {printable(message)}", err=True)
     sys.exit(status)
 
 

@@ -19,9 +19,12 @@ import click
 import typer
 from tqdm import tqdm
 
+from server import process
 from server.client import DEFAULT_URL, Client, ClientError, ImageError, Model, Refused
 from server.settings import Settings, SettingsError, read_settings
 from server.terminal import Table, Tally, printable
+
+log = logging.getLogger(__name__)
 
 Url = Annotated[
     str, typer.Option("--url", envvar="DVT_URL", metavar="URL", help="The server to ask.", show_default=True)
@@ -56,7 +59,7 @@ def serve(
     Examples:
       dvt serve
       dvt serve my-bundle --port 9000
-      DVT_MAX_BATCH_SIZES=16,8,4 dvt serve my-bundle --host 0.0.0.0
+      DVT_CONTROL_TOKEN_FILE=token dvt serve my-bundle --host 0.0.0.0
       dvt serve my-bundle --dry-run
     """
     given = {"bundle": bundle, "host": host, "port": port}
@@ -69,6 +72,11 @@ def serve(
 
 def start(settings: Settings, dry_run: bool) -> None:
     """Build the server and run it. Raises SettingsError, or ClickException for a bundle that cannot be served."""
+    process.raise_descriptor_limit()
+    process.log_to_stderr(settings.log_level)
+    hush()
+    if not dry_run:
+        process.hear_stop(lambda _: process.leave(0))  # until there is a server to stop
     # Heavy: kept away from the other commands, and from --help.
     from server.app import create_app
     from server.bundle.manifest import EMBEDDED, Bundle
@@ -76,10 +84,6 @@ def start(settings: Settings, dry_run: bool) -> None:
     from server.errors import BundleError
     from server.frontend import listener
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    hush()
-    if settings.log_level != "debug":
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it tells what we tell
     # The address first: that it is taken should be said at once, not after the engine was loaded.
     with contextlib.nullcontext() if dry_run else listener.bind(settings) as socket:
         try:
@@ -100,12 +104,16 @@ def start(settings: Settings, dry_run: bool) -> None:
         url = listener.url_of(socket)
 
         def started() -> None:
-            click.echo(f"Serving {model}")
-            click.echo(f"Listening on {url}   (docs: {url}/docs, stop: Ctrl-C)")
-            click.echo(f"Try: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/classify")
+            process.say(
+                f"Serving {model}\n"
+                f"Listening on {url}   (docs: {url}/docs, stop: Ctrl-C)\n"
+                f"Try: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/classify"
+            )
 
-        if not listener.run(app, settings, socket, started):
-            raise click.ClickException("the server failed; the log says why")
+        ended_well = listener.run(app, settings, socket, started)
+        if not ended_well:
+            log.critical("the server failed")
+        process.leave(0 if ended_well else 1)
 
 
 def hush() -> None:

@@ -216,6 +216,8 @@ class Metrics:
         held_bytes: Callable[[], int],
         budget: Callable[[], BudgetState],
         ready: Callable[[], bool],
+        oldest: Callable[[], Mapping[str, float]],
+        stalled: Callable[[], Mapping[str, int]],
         profile: Callable[[], LiveProfile | None],
         kappa: Callable[[], float],
         arrival_rate: Callable[[], float],
@@ -233,6 +235,8 @@ class Metrics:
             "held_bytes": held_bytes,
             "budget": budget,
             "ready": ready,
+            "oldest": oldest,
+            "stalled": stalled,
             "profile": profile,
             "kappa": kappa,
             "arrival_rate": arrival_rate,
@@ -272,6 +276,18 @@ class _Live(Collector):
         yield from _of_budget(budget)
         for name, help_, label, values in (
             ("dvt_queue_depth", "Images that wait for a stage.", "stage", now.get("queue_depths", {})),
+            (
+                "dvt_oldest_run_seconds",
+                "Age of the oldest batch or image that a thread is at, by the kind of thread; 0 where all are idle.",
+                "threads",
+                now.get("oldest", {}),
+            ),
+            (
+                "dvt_stalled_threads",
+                "Threads that have been at one batch or image for longer than DVT_STALL_TIMEOUT_S allows.",
+                "threads",
+                now.get("stalled", {}),
+            ),
             (
                 "dvt_profile_fixed_seconds",
                 "What a batch is believed to take, of whatever size.",

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from server.settings import Settings, SettingsError
 log = logging.getLogger(__name__)
 
 _QUIET = 0.1  # images a second: nobody is there
+_STALLED = 20  # times what a batch is believed to take: no load makes it so slow
 
 
 class Phase(Enum):
@@ -53,6 +55,20 @@ class Phase(Enum):
     LEAVING = "leaving"
     DRAINING = "draining"
     STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """What one thread is at: a batch in the engine, or an image that is being decoded."""
+
+    threads: str  # "executor" or "decode"
+    name: str
+    age: float  # seconds
+    stalled: bool  # for so long that it is not believed to come back
+
+    def __str__(self) -> str:
+        what = "a batch of {}, in the engine" if self.threads == "executor" else "the thread {}, at one image"
+        return f"{what.format(self.name)} for {self.age:.1f} s"
 
 
 class Service:
@@ -86,6 +102,7 @@ class Service:
         )
         self.batcher = Batcher(engine, self.scheduler, self, settings.executors, clock)
         self._ticker: asyncio.TimerHandle | None = None  # while there is traffic
+        self._told_stalled = False
         self.audit = Auditor(
             self.batcher,
             self.metrics,
@@ -128,6 +145,12 @@ class Service:
             held_bytes=lambda: self.intake.held_bytes,
             budget=self.budget.state,
             ready=lambda: self.ready,
+            oldest=lambda: {
+                threads: max((one.age for one in found), default=0.0) for threads, found in self._by_threads().items()
+            },
+            stalled=lambda: {
+                threads: sum(one.stalled for one in found) for threads, found in self._by_threads().items()
+            },
             profile=lambda: self.machine.profile,
             kappa=lambda: self.machine.kappa,
             arrival_rate=lambda: self.machine.burst.value,
@@ -143,12 +166,16 @@ class Service:
     # -- what the routes ask
 
     @property
-    def alive(self) -> bool:
-        return self.phase is Phase.STARTING or self.batcher.healthy
+    def ailment(self) -> str | None:
+        """Why the process should not live on; None where all is well."""
+        if not self.batcher.healthy:
+            return "The batch loop has died; the process is ending"
+        stalled = self._stalled()
+        return f"Stalled: {stalled[0]}" if stalled else None
 
     @property
     def ready(self) -> bool:
-        return self.phase is Phase.SERVING and self.batcher.healthy
+        return self.phase is Phase.SERVING and self.ailment is None
 
     @property
     def closing(self) -> bool:
@@ -156,9 +183,16 @@ class Service:
         return self.phase not in (Phase.STARTING, Phase.SERVING)
 
     def check_door(self) -> None:
-        """Refuse before the body is read. Raises Draining."""
+        """Refuse before the body is read. Raises Draining, Overloaded."""
         if self.phase not in (Phase.SERVING, Phase.LEAVING):
             raise Draining(f"The server is {self.phase.value}", retry_after_s=1)
+        # Nothing would come of the wait for a deadline; another replica may answer at once.
+        stalled = [one.threads for one in self._stalled()]
+        if (
+            stalled.count("executor") >= self.settings.executors
+            or stalled.count("decode") >= self.settings.decode_threads
+        ):
+            raise Overloaded("The threads that would answer have stalled", retry_after_s=1)
 
     def check_queue(self) -> None:
         """Refuse before the images are decoded what the queue has no room for. Raises Overloaded.
@@ -178,11 +212,53 @@ class Service:
     def _tick(self) -> None:
         """The loops that need a clock get it while there is traffic: an idle server sleeps."""
         self.budget.tick(self.clock(), self.batcher.load)
-        if self.intake.requests or self.machine.burst.value > _QUIET or self.budget.pressure:
+        self._note_stalls()
+        busy = self.intake.requests or self.batcher.out or self.decoder.out
+        if busy or self.machine.burst.value > _QUIET or self.budget.pressure:
             self._ticker = asyncio.get_running_loop().call_later(Brownout.TICK, self._tick)
         else:
             self._ticker = None
             self.machine.rest()
+
+    def _note_stalls(self) -> None:
+        """In the log once, and once when it is over."""
+        stalled = self._stalled()
+        if stalled and not self._told_stalled:
+            log.error("stalled: %s", "; ".join(map(str, stalled)))
+        elif self._told_stalled and not stalled:
+            log.warning("what had stalled has come back")
+        self._told_stalled = bool(stalled)
+
+    def _underway(self) -> list[Underway]:
+        """What the threads are at."""
+        now, profile, allowed = self.clock(), self.machine.profile, self.settings.stall_timeout_s
+        found = []
+        for batch in self.batcher.out:
+            age, stage = now - batch.started, batch.run.stage
+            stalled = age > allowed and (profile is None or age > _STALLED * profile.seconds(stage, len(batch.images)))
+            found.append(Underway("executor", f"stage {stage}", age, stalled))
+        for name, began in self.decoder.out.items():
+            found.append(Underway("decode", name, now - began, now - began > allowed))
+        return found
+
+    def _stalled(self) -> list[Underway]:
+        return [one for one in self._underway() if one.stalled]
+
+    def _by_threads(self) -> dict[str, list[Underway]]:
+        found: dict[str, list[Underway]] = {"executor": [], "decode": []}
+        for one in self._underway():
+            found[one.threads].append(one)
+        return found
+
+    def unfinished(self) -> list[str]:
+        """What may keep the server from its end. Called from another thread, as the event loop may hang."""
+        found = ["the warm-up of the engine"] if self.phase is Phase.STARTING else []
+        found += map(str, self._underway())
+        if self.budget.syncing:
+            found.append("the sync of the stored budget to the disk")
+        if requests := self.intake.requests:
+            found.append(f"{requests} request{'s' * (requests > 1)}")
+        return found
 
     def note_budget(self, state: BudgetState, client: object, request_id: str) -> None:
         """The audit line of a change."""
@@ -249,7 +325,7 @@ class Service:
             async with asyncio.timeout(timeout_s):
                 await self.intake.wait_idle()
         except TimeoutError:
-            log.warning("%d requests were not answered within %g s", self.intake.requests, timeout_s)
+            log.debug("%d requests were not answered within %g s", self.intake.requests, timeout_s)
         await self.batcher.drain(max(0.0, until - self.clock()))
 
     async def stop(self) -> None:

@@ -171,6 +171,14 @@ class Settings(BaseSettings):
         30.0, gt=0, le=3600, description="After that: time for accepted requests to be answered."
     )
 
+    stall_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="Time for a batch in the engine, or 20 times what such a batch is believed to take, or for an "
+        "image in a decoding thread; then `/livez` and `/readyz` answer 503 until it comes back.",
+    )
+
     # What it answers
     top_k: int = Field(5, ge=1, description="Predictions per image where the request names no `top_k`.")
     audit_fraction: float = Field(

@@ -393,6 +393,11 @@ class BudgetController:
         """Store no budget any more: the next server may own the state from now on."""
         self._store.close()
 
+    @property
+    def syncing(self) -> bool:
+        """Whether what was stored is on its way to the disk."""
+        return self._syncing is not None
+
     async def close(self) -> None:
         """Wait until what was stored is on the disk."""
         if self._syncing is not None:

@@ -74,8 +74,8 @@ class Batcher:
             threading.Thread(target=self._execute, name=f"executor-{number}", daemon=True)
             for number in range(1, executors + 1)
         ]
-        self._idle = executors  # threads without a batch
         self._handoff: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()  # bounded: a batch only for an idle thread
+        self._out: dict[Batch, None] = {}  # in the engine, the oldest first
         self._futures: dict[Request, asyncio.Future[Answer]] = {}
         self._all_answered = asyncio.Event()
         self._all_answered.set()
@@ -97,6 +97,11 @@ class Batcher:
     @property
     def load(self) -> Load:
         return self._scheduler.load
+
+    @property
+    def out(self) -> list[Batch]:
+        """The batches that are in the engine, the oldest first."""
+        return list(self._out)
 
     async def submit(
         self,
@@ -190,7 +195,7 @@ class Batcher:
 
     @_watched
     def _came_back(self, batch: Batch, result: StageOutput | BaseException, ended: float) -> None:
-        self._idle += 1
+        del self._out[batch]
         if isinstance(result, BaseException):
             log.error("the engine failed on a batch of stage %d", batch.run.stage, exc_info=result)
             self._carry_out(self._scheduler.fail(batch, ended))
@@ -211,8 +216,8 @@ class Batcher:
         self._step_is_due = False
         now = self._clock()
         self._carry_out(self._scheduler.expire(now))
-        while self._idle and (batch := self._scheduler.schedule(now)) is not None:
-            self._idle -= 1
+        while len(self._out) < len(self._threads) and (batch := self._scheduler.schedule(now)) is not None:
+            self._out[batch] = None
             self._handoff.put(batch)
         self._set_timer(now)
 

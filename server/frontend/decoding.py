@@ -69,6 +69,7 @@ class Decoder:
         self._clock = clock
         self._most = threads + max_waiting
         self._pending = 0  # images that wait or are being decoded, whether or not somebody waits for them
+        self._began: dict[str, float] = {}  # when a thread, by name, began what it is at
         self._given_up = 0  # images that may lie in a line with nothing to do, at most
         self._line: _Line = queue.SimpleQueue()  # bounded by `_pending` and `_given_up`
         # Large images take turns, to bound memory. They do it in a thread of their own, so that none of the others
@@ -76,7 +77,7 @@ class Decoder:
         self._large: _Line = queue.SimpleQueue()
         lines = {f"decode-{number}": self._line for number in range(1, threads + 1)} | {"decode-large": self._large}
         self._threads = {
-            threading.Thread(target=self._serve, args=(line,), name=name, daemon=True): line
+            threading.Thread(target=self._serve, args=(name, line), name=name, daemon=True): line
             for name, line in lines.items()
         }
 
@@ -84,6 +85,11 @@ class Decoder:
     def pending(self) -> int:
         """Images that wait for a thread or occupy one."""
         return self._pending
+
+    @property
+    def out(self) -> dict[str, float]:
+        """When each thread that is at something began it, by the thread's name."""
+        return self._began.copy()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -151,10 +157,11 @@ class Decoder:
 
     # In the threads
 
-    def _serve(self, line: _Line) -> None:
+    def _serve(self, name: str, line: _Line) -> None:
         while (image := line.get()) is not None:
+            self._began[name] = self._clock()
             self._take(image, line is self._large)
-            del image  # an idle thread must not keep an image alive
+            del self._began[name], image  # an idle thread must not keep an image alive
 
     def _take(self, image: _Image, in_turn: bool) -> None:
         try:

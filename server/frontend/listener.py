@@ -1,8 +1,9 @@
 """The socket: uvicorn with our own connections, signals and end.
 
 Stopping is a sequence. SIGTERM: not ready -> keep serving for the drain delay -> no new work -> drain -> stop to
-accept -> answer what came in meanwhile -> close the engine. SIGINT (Ctrl-C) skips the delay; a second signal skips
-whatever is being waited for. Every request that was accepted is answered, the queued ones too.
+accept -> answer what came in meanwhile -> close the engine. SIGHUP is the same; SIGINT (Ctrl-C) skips the delay; a
+second signal skips whatever is being waited for, a third ends the process. Every request that was accepted is answered,
+the queued ones too. `run` bounds all of it.
 
 Should the batch loop die, all waiters have been answered by the batcher; the process then ends, and says so in its
 exit status.
@@ -13,18 +14,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import functools
 import logging
+import math
 import os
 import signal
 import socket
 import struct
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 
+from server import process
 from server.frontend.connection import LINGER_S, Connection
 from server.settings import Settings, SettingsError
 
@@ -46,24 +53,60 @@ SEND_BUFFER = 128 * 1024
 # requests, which are then answered.
 LAST_CALL_S = 0.2
 
+# From "no more connections" to the end: 2 to 3 seconds for clients that do not read on, the rest for the threads.
+END_S = 8.0
+
+ENDING, ENDED, LATE = 253, 254, 255  # events of `run`, besides signals, which have their own numbers
+
 
 def bind(settings: Settings) -> socket.socket:
-    """Take the address before anything slow is done. Raises SettingsError where it cannot be had."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+    """Take the address before anything slow is done. Raises SettingsError where it cannot be had.
+
+    Clients are refused until the server is warm: another one may answer them. So the socket does not listen yet, and
+    must keep others out all the same. Without SO_REUSEADDR it does. Only where connections of a server before this one
+    still linger (TIME_WAIT) does it take SO_REUSEADDR; then another server may get the address, too, and who comes
+    second is told when it is to listen.
+    """
+    where = f"{settings.host} port {settings.port}"
+    unusable: OSError | None = None
+    for family, kind, protocol, _, address in _addresses(settings):
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise SettingsError(f"cannot listen on {settings.host}: {error.strerror}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise SettingsError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from None
-    return listener
+        try:
+            try:
+                listener.bind(address)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise SettingsError(f"cannot listen on {where}: {os.strerror(error.errno or 0)}") from None
+            unusable = error
+        except OverflowError as error:
+            listener.close()
+            raise SettingsError(f"cannot listen on {where}: {error}") from None
+        else:
+            return listener
+    raise SettingsError(f"cannot listen on {where}: {unusable.strerror if unusable else 'no address'}")
+
+
+def _listen(listener: socket.socket, backlog: int) -> None:
+    # For its connections: where they linger, the next server can take the address all the same.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.listen(backlog)
+
+
+def _addresses(settings: Settings) -> list[Any]:
+    """As getaddrinfo tells them; of a name that has several, IPv4 goes first, as with the default host."""
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, ValueError) as error:  # ValueError: what cannot be a name at all
+        reason = getattr(error, "strerror", None) or "this is no host name"
+        raise SettingsError(f"cannot listen on {settings.host}: {reason}") from None
+    return sorted(found, key=lambda one: one[0] != socket.AF_INET)
 
 
 def url_of(listener: socket.socket) -> str:
@@ -72,33 +115,60 @@ def url_of(listener: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with our signals, and our sequence before its own end."""
+    """uvicorn's server with our start, and with our sequence before its own end. Lives on the event loop; `run` starts
+    it, and tells it of signals."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        started: Callable[[], None],
+        ending: Callable[[], object],
+    ) -> None:
         super().__init__(config)
-        self._service = service
+        self.service = service
         self._tell_started = started
+        self._tell_ending = ending
         self._stopping: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self.failed = False
+        self.address_taken = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number, delay_s in ((signal.SIGTERM, self._service.settings.drain_delay_s), (signal.SIGINT, 0.0)):
-            loop.add_signal_handler(number, self._signalled, delay_s)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+        """They are heard elsewhere."""
+        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._service.batcher.died.add_done_callback(self._batcher_died)
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(_loop_failed)
+        self.servers = []
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        self.service.batcher.died.add_done_callback(self._batcher_died)
+        self.started = True
+        try:
+            # uvloop would not tell that somebody else listens, and close the socket behind our back.
+            for listener in sockets or []:
+                _listen(listener, self.config.backlog)
+        except OSError:
+            self.address_taken = self.should_exit = True
+            return
+        for listener in sockets or []:
+            self.servers.append(
+                await self.loop.create_server(self._connection, sock=listener, backlog=self.config.backlog)
+            )
         self._tell_started()
 
+    def _connection(self) -> asyncio.Protocol:
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._tell_ending()
         for server in self.servers:
             for listener in server.sockets:
                 _take_no_more(listener)
@@ -109,17 +179,21 @@ class Server(uvicorn.Server):
             await asyncio.sleep(LAST_CALL_S)
         await super().shutdown(sockets)
 
-    def _signalled(self, delay_s: float) -> None:
+    def signalled(self, number: int) -> None:
+        """SIGINT skips the delay; what comes second skips whatever is being waited for."""
         if self._stopping is None:
-            self._stopping = asyncio.get_running_loop().create_task(self._stop(delay_s))
+            delay_s = 0.0 if number == signal.SIGINT else self.service.settings.drain_delay_s
+            self._stopping = self.loop.create_task(self._stop(delay_s))
         else:
             self._hurry.set()
 
     async def _stop(self, delay_s: float) -> None:
         log.info("stopping")
-        self._service.leave()
+        self.service.leave()
         await self._unless_hurried(asyncio.sleep(delay_s))
-        await self._unless_hurried(self._service.drain(self._service.settings.drain_timeout_s))
+        await self._unless_hurried(self.service.drain(self.service.settings.drain_timeout_s))
+        if self._hurry.is_set():
+            await self.service.drain(0)  # those that were waited for are answered with what is known
         self.should_exit = True
 
     async def _unless_hurried(self, step: Any) -> None:
@@ -134,8 +208,17 @@ class Server(uvicorn.Server):
         if died.cancelled():
             return
         self.failed = True
-        self._service.leave()
+        self.service.leave()
         self.should_exit = True
+
+
+def _loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A connection that the network, or its client, broke is no failure of ours; asyncio knows that, uvloop only of
+    resets."""
+    if isinstance(context.get("exception"), OSError) and "transport" in context:
+        log.debug("a connection broke: %s", context["exception"])
+    else:
+        loop.default_exception_handler(context)
 
 
 def _take_no_more(listener: socket.socket) -> None:
@@ -154,8 +237,13 @@ def _take_no_more(listener: socket.socket) -> None:
             same.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(drop)))
 
 
-def make_server(app: FastAPI, settings: Settings, started: Callable[[], None] = lambda: None) -> Server:
-    """`started` is called once connections are accepted."""
+def make_server(
+    app: FastAPI,
+    settings: Settings,
+    started: Callable[[], None] = lambda: None,
+    ending: Callable[[], object] = lambda: None,
+) -> Server:
+    """`started` is called once connections are accepted, `ending` when no more are."""
 
     service: Service = app.state.service
     config = uvicorn.Config(
@@ -171,11 +259,77 @@ def make_server(app: FastAPI, settings: Settings, started: Callable[[], None] = 
         backlog=settings.backlog,
         timeout_graceful_shutdown=int(LINGER_S) + 1,
     )
-    return Server(config, service, started)
+    return Server(config, service, started, ending)
 
 
-def run(app: FastAPI, settings: Settings, listener: socket.socket, started: Callable[[], None] = lambda: None) -> bool:
-    """Serve until told to stop. False where the server ended because it failed."""
-    server = make_server(app, settings, started)
-    server.run(sockets=[listener])
+def run(
+    app: FastAPI,
+    settings: Settings,
+    listener: socket.socket,
+    started: Callable[[], None] = lambda: None,
+    end_s: float = END_S,
+) -> bool:
+    """Serve until told to stop. False where the server failed. Raises SettingsError where another one has the address.
+
+    The event loop runs in a thread of its own, and this one waits for signals. So the end has a bound whatever hangs:
+    the engine, a decoding thread, a disk, a client, or the loop itself. What is not at its end `end_s` after the drain
+    is left behind: the process ends here, with exit status 1.
+    """
+    events, post = socket.socketpair()
+    post.setblocking(False)
+    server = make_server(app, settings, started, lambda: post.send(bytes([ENDING])))
+    thread = threading.Thread(target=_serve, args=(server, listener, post), name="event-loop", daemon=True)
+    # By this way, as the kernel may give a signal to any thread, and that would not wake this one.
+    signal.set_wakeup_fd(post.fileno(), warn_on_full_buffer=False)
+    process.hear_stop(lambda _: None)
+    thread.start()
+    asked, until = 0, math.inf  # signals so far; when the process ends at the latest
+    while (event := _next(events, until)) != ENDED:
+        within_s = end_s
+        if event in process.STOP:
+            asked += 1
+            if not server.started:  # nobody was served yet, so nobody waits for an answer
+                log.info("stopping before the server was ready")
+                process.leave(0)
+            if asked == 1:
+                within_s += settings.drain_timeout_s + (settings.drain_delay_s if event != signal.SIGINT else 0.0)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it has just ended
+                server.loop.call_soon_threadsafe(server.signalled, event)
+        if event == LATE or asked > 2:
+            log.critical("the process ends, and does not wait for %s", _what_hangs(server, thread))
+            process.leave(1)
+        until = min(until, time.monotonic() + within_s)
+    signal.set_wakeup_fd(-1)
+    if server.address_taken:
+        raise SettingsError(f"cannot listen on {settings.host} port {settings.port}: {os.strerror(errno.EADDRINUSE)}")
     return server.started and not server.failed
+
+
+def _serve(server: Server, listener: socket.socket, post: socket.socket) -> None:
+    try:
+        server.run(sockets=[listener])
+    except SystemExit:  # the start failed, and uvicorn has said why
+        pass
+    except BaseException:
+        server.failed = True
+        log.critical("the server failed", exc_info=True)
+    finally:
+        post.send(bytes([ENDED]))
+
+
+def _next(events: socket.socket, until: float) -> int:
+    left_s = until - time.monotonic()
+    if left_s <= 0:
+        return LATE
+    events.settimeout(None if left_s == math.inf else left_s)
+    try:
+        return events.recv(1)[0]
+    except TimeoutError:
+        return LATE
+
+
+def _what_hangs(server: Server, thread: threading.Thread) -> str:
+    if found := server.service.unfinished():
+        return "; ".join(found)
+    frame = sys._current_frames().get(thread.ident or 0)
+    return "the event loop, " + (f"in {frame.f_code.co_filename}:{frame.f_lineno}" if frame else "which has ended")

@@ -294,15 +294,15 @@ async def get_model(request: Request) -> Response:
 
 async def livez(request: Request) -> Response:
     service = _service(request)
-    if not service.alive:
-        raise NotReady("The batch loop has died; the process is ending")
+    if (ailment := service.ailment) is not None:
+        raise NotReady(ailment)
     return json_response({"status": "alive"})
 
 
 async def readyz(request: Request) -> Response:
     service = _service(request)
     if not service.ready:
-        raise NotReady(f"The server is {service.phase.value}")
+        raise NotReady(service.ailment or f"The server is {service.phase.value}")
     return json_response({"status": "ready"})
 
 

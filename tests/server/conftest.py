@@ -19,6 +19,7 @@ import pytest
 import uvloop
 from PIL import Image
 
+from server import process
 from server.__main__ import main
 from server.app import create_app
 from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
@@ -224,6 +225,9 @@ def listening(bundle: Bundle, engine: FakeEngine) -> Any:
         app = create_app(values, bundle, engine)
         started = asyncio.Event()
         server = listener.make_server(app, values, started.set)
+        loop = asyncio.get_running_loop()
+        for number in process.STOP:
+            loop.add_signal_handler(number, server.signalled, number)
         with listener.bind(values) as bound:
             task = asyncio.create_task(server.serve([bound]))
             await started.wait()
@@ -237,6 +241,8 @@ def listening(bundle: Bundle, engine: FakeEngine) -> Any:
                     line.close()
                 server.should_exit = True
                 await task
+                for number in process.STOP:
+                    loop.remove_signal_handler(number)
 
     return start
 

@@ -100,6 +100,8 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
             mix=Mix((0.95, 0.8, 0.0), 0.4),
         ),
         ready=lambda: True,
+        oldest=lambda: {"executor": 2.5, "decode": 0.0},
+        stalled=lambda: {"executor": 1, "decode": 0},
         profile=lambda: LiveProfile(LatencyProfile.lines([0.001, 0.0, 0.0], [0.002, 0.003, 0.004])),
         kappa=lambda: 1.5,
         arrival_rate=lambda: 12.5,
@@ -125,6 +127,9 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
     assert value(metrics, "dvt_budget_observed_latency_seconds", quantile="0.99") == 0.02
     assert value(metrics, "dvt_latency_kappa") == 1.5
     assert value(metrics, "dvt_ready") == 1
+    assert value(metrics, "dvt_oldest_run_seconds", threads="executor") == 2.5
+    assert value(metrics, "dvt_stalled_threads", threads="executor") == 1
+    assert value(metrics, "dvt_stalled_threads", threads="decode") == 0
     assert value(metrics, "dvt_profile_fixed_seconds", stage="1") == pytest.approx(0.001)
     assert value(metrics, "dvt_profile_image_seconds", stage="3") == pytest.approx(0.004)
     assert value(metrics, "dvt_audits_pending") == 5
@@ -143,6 +148,8 @@ def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
         held_bytes=lambda: 0,
         budget=lambda: state({"thresholds": [0.9, 0.7]}),
         ready=lambda: True,
+        oldest=dict,
+        stalled=dict,
         profile=lambda: None,
         kappa=lambda: 1.17,
         arrival_rate=lambda: 0.0,

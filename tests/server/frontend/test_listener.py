@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from server.app import create_app
 from server.bundle.manifest import Bundle
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
@@ -204,6 +205,71 @@ def test_a_port_that_is_taken_is_said_in_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1 port {port}"):
             listener.bind(Settings(port=port))
+
+
+def test_only_one_of_two_that_start_at_once_gets_the_port() -> None:
+    with listener.bind(Settings(port=0)) as first:  # it does not listen yet
+        port = first.getsockname()[1]
+        for host in ("127.0.0.1", "0.0.0.0", "localhost"):
+            with pytest.raises(SettingsError, match=f"cannot listen on {host} port {port}: Address already in use"):
+                listener.bind(Settings(host=host, port=port))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+
+
+async def test_a_port_is_free_again_as_soon_as_its_server_has_stopped_and_goes_to_one_of_two(
+    listening: Any, bundle: Bundle
+) -> None:
+    async with listening() as here:
+        line = await here.connect()
+        line.writer.write(b"GET /livez HTTP/1.1\r\nHost: dvt\r\nConnection: close\r\n\r\n")
+        await line.answer()
+        assert await line.ended()  # the server closed first: its end of the connection lingers
+        port = here.port
+    settings = Settings(port=port, state_dir=None, profile_seconds=0)
+    with listener.bind(settings) as one, listener.bind(settings) as other:
+        servers = [
+            listener.make_server(create_app(settings, bundle, FakeEngine(num_classes=10)), settings) for _ in range(2)
+        ]
+        first = asyncio.create_task(servers[0].serve([one]))
+        while not servers[0].started:
+            await asyncio.sleep(0)
+        await servers[1].serve([other])  # ends by itself
+        assert servers[1].address_taken
+        servers[0].should_exit = True
+        await first
+        assert not servers[0].address_taken
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("no-such-host.invalid", "Name or service not known|Temporary failure in name resolution|No address"),
+        ("[::1]", "Name or service not known|Temporary failure in name resolution|No address"),
+        ("a" * 300, ".*no host name"),
+        ("a..b", ".*no host name"),
+        ("nul\0", ".*no host name|Name or service not known"),
+        ("198.51.100.1", "Cannot assign requested address"),
+        ("fe80::1", "Invalid argument|Cannot assign requested address"),
+    ],
+)
+def test_an_address_that_cannot_be_had_is_said_in_one_line(host: str, reason: str) -> None:
+    with pytest.raises(SettingsError, match=rf"\Acannot listen on .*: ({reason})[^\n]*\Z"):
+        listener.bind(Settings(host=host, port=0))
+
+
+def test_an_ipv6_socket_for_all_addresses_has_the_port_for_ipv4_too() -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6 here")
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match="Address already in use"):
+            listener.bind(Settings(port=port))
+
+
+def test_a_name_with_several_addresses_is_the_first_ipv4_one() -> None:
+    with listener.bind(Settings(host="localhost", port=0)) as bound:
+        assert bound.getsockname()[0] == "127.0.0.1"
 
 
 SERVER = textwrap.dedent(
