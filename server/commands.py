@@ -117,13 +117,12 @@ def start(settings: Settings, dry_run: bool) -> None:
 
 
 def hush() -> None:
-    """Keep libraries from telling the log what clients send. Before the first thread starts: warnings have one filter
-    for all of them.
+    """Keep libraries from warning of what clients send. Before the first thread starts: warnings have one filter for
+    all of them. (What libraries log is `process.log_to_stderr`'s.)
 
     Pillow warns of broken EXIF blocks, APNG headers, palettes and much more, once for every text that it comes upon,
     and Python remembers every one of those texts.
     """
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"PIL\.|server\.frontend\.images\Z")  # ours, where it blames who called it
 
 

@@ -116,6 +116,7 @@ def log_to_stderr(level: str) -> None:
         root.setLevel(logging.DEBUG)
         return
     root.setLevel(logging.ERROR)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # broken images
     logging.getLogger("uvicorn.error").addFilter(_is_no_clients_fault)
 
 

@@ -159,15 +159,16 @@ class Decoder:
 
     def _serve(self, name: str, line: _Line) -> None:
         while (image := line.get()) is not None:
-            self._began[name] = self._clock()
-            self._take(image, line is self._large)
-            del self._began[name], image  # an idle thread must not keep an image alive
+            self._take(name, image, line is self._large)
+            self._began.pop(name, None)
+            del image  # an idle thread must not keep an image alive
 
-    def _take(self, image: _Image, in_turn: bool) -> None:
+    def _take(self, name: str, image: _Image, in_turn: bool) -> None:
         try:
             file = image.file.pop()
         except IndexError:
             return  # given up
+        self._began[name] = self._clock()
         request = image.request
         assert request is not None
         try:

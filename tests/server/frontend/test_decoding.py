@@ -124,9 +124,10 @@ async def test_a_deadline_that_has_passed_occupies_nobody(held: Decoder) -> None
 
 
 async def test_who_gives_up_early_gets_no_more_of_the_threads(held: Decoder, gate: Gate) -> None:
-    with pytest.raises(DeadlineExceeded):
-        await held.decode([(png(8), None)], soon())
+    first = asyncio.ensure_future(held.decode([(png(8), None)], time.monotonic() + 1.0))
     await asyncio.to_thread(gate.reached.acquire)
+    with pytest.raises(DeadlineExceeded):
+        await first
     left = asyncio.ensure_future(held.decode([(png(8), None)] * 8, FAR))
     await asyncio.sleep(0)
     assert held.pending == 9

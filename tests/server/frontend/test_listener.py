@@ -212,7 +212,7 @@ def test_only_one_of_two_that_start_at_once_gets_the_port() -> None:
         port = first.getsockname()[1]
         for host in ("127.0.0.1", "0.0.0.0", "localhost"):
             with pytest.raises(SettingsError, match=f"cannot listen on {host} port {port}: Address already in use"):
-                listener.bind(Settings(host=host, port=port))
+                listener.bind(Settings(host=host, port=port, open_control=True))
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
 
@@ -222,7 +222,7 @@ async def test_a_port_is_free_again_as_soon_as_its_server_has_stopped_and_goes_t
 ) -> None:
     async with listening() as here:
         line = await here.connect()
-        line.writer.write(b"GET /livez HTTP/1.1\r\nHost: dvt\r\nConnection: close\r\n\r\n")
+        line.writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         await line.answer()
         assert await line.ended()  # the server closed first: its end of the connection lingers
         port = here.port
@@ -255,7 +255,7 @@ async def test_a_port_is_free_again_as_soon_as_its_server_has_stopped_and_goes_t
 )
 def test_an_address_that_cannot_be_had_is_said_in_one_line(host: str, reason: str) -> None:
     with pytest.raises(SettingsError, match=rf"\Acannot listen on .*: ({reason})[^\n]*\Z"):
-        listener.bind(Settings(host=host, port=0))
+        listener.bind(Settings(host=host, port=0, open_control=True))
 
 
 def test_an_ipv6_socket_for_all_addresses_has_the_port_for_ipv4_too() -> None:
