@@ -35,7 +35,7 @@ HOST = "127.0.0.1"
 START_S, STOP_S = 120.0, 60.0
 PACKAGES = ("dvt-serve", "numpy", "onnxruntime", "pillow", "simplejpeg", "uvicorn", "uvloop", "httptools", "fastapi")
 
-# Of the server's threads, by the beginning of their names; the event loop is the process's first thread.
+# Of the server's threads: the name of one, the beginnings of those of the others.
 LOOP_THREAD = "event-loop"
 GROUPS = ("executor", "decode")
 
