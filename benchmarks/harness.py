@@ -35,7 +35,8 @@ HOST = "127.0.0.1"
 START_S, STOP_S = 120.0, 60.0
 PACKAGES = ("dvt-serve", "numpy", "onnxruntime", "pillow", "simplejpeg", "uvicorn", "uvloop", "httptools", "fastapi")
 
-# Of the server's threads, by the beginning of their names; the event loop is the process's first thread.
+# Of the server's threads: the name of one, the beginnings of those of the others.
+LOOP_THREAD = "event-loop"
 GROUPS = ("executor", "decode")
 
 Options = argparse.Namespace
@@ -346,7 +347,7 @@ def process_cpu_seconds(pid: int) -> float:
 
 
 def cpu_seconds(pid: int) -> dict[str, float]:
-    """CPU time so far by group of threads: `loop` (the first thread), GROUPS, `other`."""
+    """CPU time so far by group of threads: `loop`, GROUPS, `other`."""
     groups = dict.fromkeys(("loop", *GROUPS, "other"), 0.0)
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
@@ -355,7 +356,7 @@ def cpu_seconds(pid: int) -> dict[str, float]:
         except OSError:  # it ended meanwhile
             continue
         known = next((group for group in GROUPS if name.startswith(group)), "other")
-        groups["loop" if task.name == str(pid) else known] += nanoseconds / 1e9
+        groups["loop" if name == LOOP_THREAD else known] += nanoseconds / 1e9
     return groups
 
 

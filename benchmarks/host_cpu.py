@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import wrk
-from benchmarks.harness import GROUPS, Options, Report, Server, finish, load_bundle, parse
+from benchmarks.harness import GROUPS, LOOP_THREAD, Options, Report, Server, finish, load_bundle, parse
 from benchmarks.offline import know_bundle, thresholds_for
 from benchmarks.photos import photos
 
@@ -176,9 +176,7 @@ def bucket_of(frames: Sequence[str], buckets: Buckets) -> str:
 
 def _group(thread: str) -> str | None:
     name = re.sub(r"^thread \(\w+\): ", "", thread)
-    return (
-        "loop" if name.startswith("MainThread") else next((group for group in GROUPS if name.startswith(group)), None)
-    )
+    return "loop" if name.startswith(LOOP_THREAD) else next((group for group in GROUPS if name.startswith(group)), None)
 
 
 def _normalised(counter: Mapping[str, int]) -> dict[str, float]:

@@ -22,7 +22,8 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MAX_RECORDS = 10_000  # that may wait to be written
 FLUSH_S = 1.0  # for what is not yet written when the process ends
 
-STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Windows has no SIGHUP.
+STOP = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if name in signal.Signals.__members__)
 
 
 def open_standard_descriptors() -> None:
@@ -137,7 +138,7 @@ def hear_stop(tell: Callable[[int], object]) -> None:
         tell(number)
 
     for number in STOP:
-        if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN):
+        if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, hear)
 
 

@@ -114,12 +114,12 @@ def test_a_request_without_an_answer_is_put_where_it_belongs(sent: drain.Sent, k
 
 
 def test_stack_samples_go_to_the_innermost_part_that_is_known() -> None:
-    loop = "thread (0x1): MainThread;run (asyncio/runners.py);data_received (uvicorn/protocols/http/httptools_impl.py)"
+    loop = "thread (0x1): event-loop;run (asyncio/runners.py);data_received (uvicorn/protocols/http/httptools_impl.py)"
     stacks: Sequence[str] = (
         f"{loop};classify (server/frontend/routes.py);inc (prometheus_client/metrics.py) 1",
         f"{loop} 2",
-        "thread (0x1): MainThread;run (asyncio/runners.py) 1",
-        "thread (0x2): executor-1;_execute (server/cascade/batcher.py);run (server/engines/onnx.py) 5",
+        "thread (0x1): event-loop;run (asyncio/runners.py) 1",
+        "thread (0x2): executor-1;run (threading.py);_execute (server/cascade/batcher.py);run (server/engines/onnx.py) 5",
         "thread (0x3): asyncio_0;run (threading.py) 9",
     )
     shares = host_cpu.shares("\n".join(stacks))
