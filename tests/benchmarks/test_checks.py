@@ -119,7 +119,7 @@ def test_stack_samples_go_to_the_innermost_part_that_is_known() -> None:
         f"{loop};classify (server/frontend/routes.py);inc (prometheus_client/metrics.py) 1",
         f"{loop} 2",
         "thread (0x1): event-loop;run (asyncio/runners.py) 1",
-        "thread (0x2): executor-1;run (threading.py);_execute (server/cascade/batcher.py);run (server/engines/onnx.py) 5",
+        "thread (0x2): executor-1;_execute (server/cascade/batcher.py);run (server/engines/onnx.py) 5",
         "thread (0x3): asyncio_0;run (threading.py) 9",
     )
     shares = host_cpu.shares("\n".join(stacks))
