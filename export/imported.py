@@ -86,7 +86,7 @@ def _numbers(imported: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> 
         raise ValueError(f"{name} is missing")
     try:
         values = np.asarray(imported[name], dtype=np.float64)
-    except (TypeError, ValueError):  # a list in a list may be longer than the next
+    except (TypeError, ValueError, OverflowError):  # a list in a list may be longer than the next, a number than any
         raise ValueError(f"{name} is no array of numbers") from None
     if values.shape != shape:
         raise ValueError(f"{name} has shape {values.shape}, expected {shape}")

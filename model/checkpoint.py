@@ -37,9 +37,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["dvt"])
-            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 - not a dict
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is not a DVT checkpoint: {error}") from error
+    if not isinstance(header, dict) or not all(
+        isinstance(header.get(name, {}), dict) for name in ("config", "imported")
+    ):
+        raise CheckpointError(f"{path} is not a DVT checkpoint: its header has no members")
+    return tensors, header
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ Normalisation is not done here: batches are uint8 until they are on the device.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ def held_out(relative_path: str, fraction: float) -> bool:
     A hash of the name decides, so that training and calibration agree without sharing a list. The server's
     calibration applies the same rule.
     """
-    return int(hashlib.sha256(relative_path.encode()).hexdigest()[:8], 16) / 2**32 < fraction
+    return int(hashlib.sha256(os.fsencode(relative_path)).hexdigest()[:8], 16) / 2**32 < fraction
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def start(settings: Settings, dry_run: bool) -> None:
             raise _Refused(str(error)) from None
         except ModuleNotFoundError as error:
             raise click.ClickException(f"no engine: {error}; install one: pip install 'dvt-serve[cpu]'") from None
-        app = create_app(settings, loaded, engine)
+        # A dry run leaves the stored budget to the server that may be running.
+        app = create_app(settings.model_copy(update={"state_dir": None}) if dry_run else settings, loaded, engine)
         manifest = loaded.manifest
         model = f"{manifest.name} {manifest.version}: {len(manifest.stages)} exits, {len(manifest.labels)} classes"
         if socket is None:

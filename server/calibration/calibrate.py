@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from server.calibration.every_stage import every_stage
 from server.calibration.guarantee import certify, losses, split, upper_bound
 from server.calibration.sweep import sweep
 from server.core import Engine, Floats
+from server.documents import cause, read_file
 from server.engines import load_engine
 from server.errors import EngineFailed, ServeError
 from server.frontend.images import ImageLimits, decode
@@ -35,6 +37,7 @@ Example = tuple[Path, int]  # image file, class id
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 _SEED = 0
+_MAX_IMAGE_BYTES = 256 * 2**20  # 25 megapixels are 75 MB as BMP, twice that as PNG of 16 bits
 
 
 class CalibrationError(Exception):
@@ -54,7 +57,7 @@ def held_out(relative_path: str, fraction: float) -> bool:
 
     `model.data` has the same rule, so that both sides find the same slice on any machine, with no list to keep.
     """
-    return int(hashlib.sha256(relative_path.encode()).hexdigest()[:8], 16) / 2**32 < fraction
+    return int(hashlib.sha256(os.fsencode(relative_path)).hexdigest()[:8], 16) / 2**32 < fraction
 
 
 def read_image_folder(
@@ -65,14 +68,14 @@ def read_image_folder(
     `fraction` < 1 takes only the held-out slice. `limit` takes at most so many, drawn with a fixed seed so that every
     class keeps its share. Raises CalibrationError for a folder that is no label, and where no image is left.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):  # Path.is_dir raises for what can be no path
         raise CalibrationError(f"{root}: no such folder")
     ids = {label: number for number, label in enumerate(labels)}
     examples: list[Example] = []
-    for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+    for folder in (entry for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")):
         if folder.name not in ids:
             raise CalibrationError(f"{folder}: {folder.name!r} is not a label of this bundle ({_some(labels)})")
-        for file in sorted(folder.iterdir()):
+        for file in _entries(folder):
             if file.suffix.lower() in _SUFFIXES and held_out(file.relative_to(root).as_posix(), fraction):
                 examples.append((file, ids[folder.name]))
     if not examples:
@@ -176,13 +179,20 @@ def calibrate_folder(
         engine.close()
 
 
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise CalibrationError(f"{folder}: {cause(error)}") from None
+
+
 def _read(file: Path, bundle: Bundle, limits: ImageLimits) -> NDArray[np.uint8]:
     try:
-        return decode(file.read_bytes(), None, bundle.preprocessing, limits)
+        return decode(read_file(file, _MAX_IMAGE_BYTES), None, bundle.preprocessing, limits)
     except ServeError as error:
         raise CalibrationError(f"{file}: {error.detail}") from error
-    except OSError as error:
-        raise CalibrationError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from error
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{file}: {cause(error)}") from error
 
 
 def _judge(

@@ -131,7 +131,10 @@ def open_session(graph: Path | bytes) -> ort.InferenceSession:
 
 def _open(file: Path, spec: StageSpec) -> ort.InferenceSession:
     try:
+        str(file).encode()
         session = open_session(file)
+    except UnicodeEncodeError:
+        raise BundleError(f"{file}: the path is not UTF-8, and ONNX Runtime takes no other") from None
     except Exception as error:
         raise BundleError(f"{file}: cannot be loaded by ONNX Runtime: {error}") from error
     _compare(file, "input", spec.inputs, session.get_inputs(), all_named=True)
