@@ -1,7 +1,8 @@
 """One HTTP/1.1 connection: everything that a client may do to a socket is answered for here, and nowhere else.
 
-`docs/connection.md` lists the promises. h11 parses, one parser a request; what it is lenient in, and all bounds of size
-and time, stand in this module. The application sees a request when its header is there, and the body as it asks for it.
+`docs/connection.md` lists the promises. h11 parses headers; what it is lenient in, the framing of bodies, and the
+bounds of size and time, stand in this module. The application sees a request when its header is there, and the body as
+it asks for it.
 
 Theory of operation
 - A connection does one thing at a time. It waits for a header, or it has an `Exchange`: one request and its answer.
@@ -58,7 +59,7 @@ BODY_WINDOW_S = 5.0  # over which a body's rate is judged: a lost packet or two 
 MAX_HEADERS = 128
 _MAX_UNREAD = 256 * 1024  # bytes of a body that the application has not asked for yet
 _HIGH_WATER = 32 * 1024  # bytes of answers that the socket does not take: more, and nothing new begins
-_EVENTS_A_TURN = 256  # of a body's chunks, each some 10 us: then the loop sees to others
+_CHUNKS_A_TURN = 256  # of a body, each some microseconds: then the loop sees to others
 _FREE_CHUNKS = 1024
 _MEAN_CHUNK = 64  # bytes; beyond the free ones, smaller chunks cost more than they bring
 _TURN_S = 0.001  # between two turns, beside others' requests
@@ -66,6 +67,9 @@ _FIRST_PROBE_S = 0.025  # of a client that shut its side down; twice as long for
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/([0-9]\.[0-9])\r\n")
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)")
+_CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[\t -~\x80-\xff]*)?\r\n")
+_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*\r\n")
 # RFC 9110, 7.2 and RFC 3986, 3.2.2: a name, an IPv4 or an IPv6 address, and a port.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?\Z")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)\Z", re.IGNORECASE)
@@ -125,14 +129,16 @@ class Connections:
             asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
-        self._turns[0]()
-        self._turns.popleft()
-        if self._turns:
-            loop = asyncio.get_running_loop()
-            if self.others > 0:
-                loop.call_later(_TURN_S, self._next_turn)
-            else:
-                loop.call_soon(self._next_turn)
+        try:
+            self._turns[0]()
+        finally:  # a step that fails must not end the turns of all others
+            self._turns.popleft()
+            if self._turns:
+                loop = asyncio.get_running_loop()
+                if self.others > 0:
+                    loop.call_later(_TURN_S, self._next_turn)
+                else:
+                    loop.call_soon(self._next_turn)
 
 
 class Connection(asyncio.Protocol):
@@ -223,15 +229,14 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The client has sent all that it will. It may still read: True keeps our side open."""
         self._ended = True
-        if self._lingers:
-            return False
-        if self._exchange is None:
-            return self._queued or self._blocked is not None  # what came whole is still answered
-        if not self._exchange.complete:
-            self._exchange.hung_up()  # nobody knows what it wanted to ask
-            return False
-        self._probe_later(_FIRST_PROBE_S)
-        return True
+        exchange = self._exchange
+        if exchange is not None and exchange.complete:
+            self._probe_later(_FIRST_PROBE_S)
+        elif exchange is not None or self._lingers or not (self._queued or self._blocked is not None):
+            if exchange is not None:
+                exchange.hung_up()  # nobody knows what it wanted to ask
+            self.close()  # the loop's own close would wait for ever for who takes no answer
+        return True  # what came whole is still answered
 
     def pause_writing(self) -> None:
         self._blocked = self.loop.create_future()
@@ -249,7 +254,8 @@ class Connection(asyncio.Protocol):
             self._send_timer.cancel()
             self._send_timer = None
         if self._exchange is None:
-            self._await_next()
+            if not self._lingers:
+                self._await_next()
         elif self._exchange.complete:
             self._connections.owes(self, False)
 
@@ -290,11 +296,6 @@ class Connection(asyncio.Protocol):
         exchange.in_turn = self._pipelines
         exchange.feed(body)
         exchange.start()
-        if self._ended:
-            if exchange.complete:
-                self._probe_later(_FIRST_PROBE_S)
-            else:
-                self.close()
 
     def body_is_there(self, rest: bytes) -> None:
         """`rest`: what came behind it."""
@@ -302,6 +303,15 @@ class Connection(asyncio.Protocol):
         self._buffer += rest
         if self._is_full:
             self.pause_reading()
+        else:
+            self.resume_reading()  # too much of the body may have been there at once: now only the end is to come
+        if self._ended or not self._reading:
+            self._probe_later(_FIRST_PROBE_S)
+
+    def body_is_missing(self) -> None:
+        """All that has come was looked at."""
+        if self._ended:
+            self.close()
 
     def answered(self, keep_alive: bool) -> None:
         """The answer of the exchange is out. Go on, or end the connection without losing it."""
@@ -315,13 +325,13 @@ class Connection(asyncio.Protocol):
         self.server_state.total_requests += 1
         if not keep_alive or self._closing:
             self._end(clean=exchange.complete and not self._buffer)
-            return
-        self.resume_reading()
-        self._await_next()
+        elif not self.transport.is_closing():
+            self._await_next()
 
     def _await_next(self) -> None:
         if self._buffer and self._buffer[0] in b"\r\n":
             self._buffer = self._buffer.lstrip(b"\r\n")
+        self.resume_reading()
         self._idle = not self._buffer
         self._await_header(self.limits.keep_alive_timeout_s if self._idle else self.limits.header_timeout_s)
         if self._buffer or self._ended:
@@ -496,11 +506,10 @@ class Exchange:
         except h11.RemoteProtocolError as error:
             raise BadRequest(f"The header is not valid: {error}") from None
         assert isinstance(request, h11.Request)
-        return cls(connection, parser, request)
+        return cls(connection, request)
 
-    def __init__(self, connection: Connection, parser: h11.Connection, request: h11.Request) -> None:
+    def __init__(self, connection: Connection, request: h11.Request) -> None:
         self._connection = connection
-        self._parser = parser
         headers = list(request.headers)
         given = dict(headers)
         self._http_10 = request.http_version == b"1.0"
@@ -515,13 +524,14 @@ class Exchange:
         }
         self._keep_alive = not self._http_10 and b"close" not in options
         self._length = None if b"transfer-encoding" in given else int(given.get(b"content-length", 0))
+        self._framed = _Chunked(connection.limits.max_header_bytes) if self._length is None else None
+        self._is_waited_for = b"expect" in given and not self._http_10  # by a client that holds its body back
 
         self.in_turn = False  # it began when it was its turn
         self.complete = False  # all of the request has come
         self._chunks: list[bytes] = []  # of the body, not read yet
         self._unread = 0  # bytes of them
         self._received = 0  # bytes of the body
-        self._chunk_count = 0
         self._read_all = False  # the application has
         self._error: ServeError | None = None  # what is wrong with the body
         self._gone = False
@@ -546,60 +556,64 @@ class Exchange:
         if self._error is not None:
             return
         if data:
-            self._parser.receive_data(data)
+            self._is_waited_for = False
+        if self._framed is None:
+            if data:
+                self._take(data)
+            if self._received == self._length:
+                self._is_complete(b"")
+            else:
+                self._await_body()
+            return
+        self._framed.feed(data)
         if self._more is None:
-            self._take_events()
+            self._take_chunks(self._framed)
 
-    def _take_events(self) -> None:
+    def _take_chunks(self, framed: _Chunked) -> None:
         self._more = None
         try:
-            for _ in range(_EVENTS_A_TURN):
-                event = self._parser.next_event()
-                if event is h11.NEED_DATA:
+            for _ in range(_CHUNKS_A_TURN):
+                data = framed.next()
+                if data is None:
                     self._await_body()
                     return
-                if isinstance(event, h11.EndOfMessage):  # whose trailers are dropped: nobody has a use for them
-                    self.complete = True
-                    self._stop_timer()
-                    self._connection.body_is_there(self._parser.trailing_data[0])
-                    self._tell()
+                if not data:
+                    self._is_complete(framed.rest)
                     return
-                assert isinstance(event, h11.Data)
-                self._take(event)
-        except h11.RemoteProtocolError as error:
-            too_large = error.error_status_hint == 431
-            self._fail(
-                HeaderTooLarge("The header of a chunk, or the trailers, are larger than a header may be")
-                if too_large
-                else BadRequest(f"The body is not valid: {error}")
-            )
-        except BadRequest as error:
+                self._take(data)
+                if framed.count > _FREE_CHUNKS + self._received // _MEAN_CHUNK:
+                    raise BadRequest(f"The body comes in chunks of less than {_MEAN_CHUNK} bytes")
+        except ServeError as error:
             self._fail(error)
         else:
             self._connection.pause_reading()
-            self._more = self._connection.loop.call_soon(self._go_on)
+            self._more = self._connection.loop.call_soon(self._go_on, framed)
 
-    def _go_on(self) -> None:
+    def _go_on(self, framed: _Chunked) -> None:
         if self._unread <= _MAX_UNREAD:
             self._connection.resume_reading()
-        self._take_events()
+        self._take_chunks(framed)
 
-    def _take(self, event: h11.Data) -> None:
-        data = bytes(event.data)
+    def _take(self, data: bytes) -> None:
         self._chunks.append(data)
         self._unread += len(data)
         self._received += len(data)
-        self._chunk_count += event.chunk_start
-        if self._chunk_count > _FREE_CHUNKS + self._received // _MEAN_CHUNK:
-            raise BadRequest(f"The body comes in chunks of less than {_MEAN_CHUNK} bytes")
         if self._unread > _MAX_UNREAD:
             self._connection.pause_reading()
+        self._tell()
+
+    def _is_complete(self, rest: bytes) -> None:
+        """`rest`: what came behind the body."""
+        self.complete = True
+        self._stop_timer()
+        self._connection.body_is_there(rest)
         self._tell()
 
     def _await_body(self) -> None:
         if self._timer is None:
             now = self._connection.loop.time()
             self._judge_later(now, now)
+        self._connection.body_is_missing()
 
     def _judge_later(self, began: float, now: float) -> None:
         left = began + self._connection.limits.body_timeout_s - now
@@ -676,8 +690,8 @@ class Exchange:
             or self._answered
             or (not self._read_all and (self._error is not None or self.complete))
         ):
-            if self._parser.they_are_waiting_for_100_continue and not self._began:
-                self._parser.client_is_waiting_for_100_continue = False
+            if self._is_waited_for and not self._began:
+                self._is_waited_for = False
                 self._connection.write(_CONTINUE)
             self._news = self._connection.loop.create_future()
             await self._news
@@ -746,14 +760,81 @@ class Exchange:
             self._connection.answered(self._keep_alive)
 
 
+class _Chunked:
+    """A body in chunks (RFC 9112, 7.1), whose trailers are dropped: nobody has a use for them.
+
+    Not h11's, whose expressions look at every blank of a line as often as there are blanks.
+    """
+
+    def __init__(self, most: int) -> None:
+        """`most`: bytes of a chunk's header, and of all trailers."""
+        self.count = 0  # chunks that began
+        self._most = most
+        self._buffer = bytearray()
+        self._searched = 0  # so many bytes of it were looked at, and do not end what is to come
+        self._left = 0  # bytes of the chunk that are to come
+        self._in_chunk = self._in_trailers = False
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    @property
+    def rest(self) -> bytes:
+        """What came behind the body, once it has ended."""
+        return bytes(self._buffer)
+
+    def next(self) -> bytes | None:
+        """Bytes of the body, none where it ends; None where more must come. Raises BadRequest, HeaderTooLarge."""
+        if self._in_chunk and not self._left:
+            if len(self._buffer) < 2:
+                return None
+            if self._cut(2) != b"\r\n":
+                raise BadRequest("The body is not valid: a chunk is longer than its header says")
+            self._in_chunk = False
+        if not self._in_chunk and not self._in_trailers:
+            line = self._until(b"\r\n")
+            if line is None:
+                return None
+            header = _CHUNK_HEADER.fullmatch(line)
+            if header is None:
+                raise BadRequest("The body is not valid: a chunk's header is none")
+            self.count += 1
+            self._left = int(header[1], 16)
+            self._in_chunk = self._left > 0
+            self._in_trailers = not self._in_chunk
+        if self._in_trailers:
+            lines = self._cut(2) if self._buffer.startswith(b"\r\n") else self._until(b"\r\n\r\n")
+            if lines is not None and not _TRAILERS.fullmatch(lines):
+                raise BadRequest("The body is not valid: its trailers are none")
+            return None if lines is None else b""
+        data = self._cut(min(self._left, len(self._buffer)))
+        self._left -= len(data)
+        return data or None
+
+    def _until(self, end: bytes) -> bytes | None:
+        found = self._buffer.find(end, max(0, self._searched - len(end) + 1))
+        self._searched = len(self._buffer) if found < 0 else 0
+        if (len(self._buffer) if found < 0 else found + len(end)) > self._most:
+            raise HeaderTooLarge("The header of a chunk, or the trailers, are larger than a header may be")
+        return None if found < 0 else self._cut(found + len(end))
+
+    def _cut(self, size: int) -> bytes:
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+
 def _check_lines(lines: bytes) -> None:
-    """What h11 lets pass: bare LFs, any number of headers, versions that there are not. Raises ServeError.
+    """What h11 lets pass: bare LFs, control characters, any number of headers, versions that there are not. Raises
+    ServeError. Behind a control character h11 would look at every blank as often as there are blanks.
 
     `lines` may end anywhere.
     """
     ends = lines.count(b"\r\n")
     if lines.count(b"\n") != ends:
         raise BadRequest("A line of the header ends in a bare line feed")
+    if _CONTROL.search(lines):
+        raise BadRequest("The header has a control character")
     if ends > MAX_HEADERS + 2:
         raise HeaderTooLarge(f"There are more than {MAX_HEADERS} headers")
     if ends:

@@ -140,6 +140,28 @@ class TestFraming:
             answer = await line.answer()
             assert (answer.status, answer.code) == (400, "bad_request")
 
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            b"GET /livez HTTP/1.1\r\nHost: localhost\r\nA:%b\x0b\r\n\r\n",
+            post(b"", b"Transfer-Encoding: chunked", length=False) + b"4;%b\n\r\n",
+            post(b"", b"Transfer-Encoding: chunked", length=False) + b"0\r\nA:%b\x0b\r\n\r\n",
+        ],
+        ids=["header", "chunk", "trailer"],
+    )
+    async def test_lines_of_blanks_cost_no_more_than_others(self, listening: Any, lines: bytes) -> None:
+        async with listening() as here, asyncio.timeout(2):
+            line = await here.connect()
+            line.writer.write(lines % (b" " * 30_000))
+            assert (await line.answer()).code == "bad_request"
+
+    @pytest.mark.parametrize("character", [*range(9), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F], ids=hex)
+    async def test_a_header_has_no_control_characters(self, listening: Any, character: int) -> None:
+        async with listening() as here:
+            line = await here.connect()
+            line.writer.write(b"GET /livez HTTP/1.1\r\n" + HOST + b"A: b%cc\r\n\r\n" % character)
+            assert (await line.answer()).code == "bad_request"
+
     async def test_a_body_in_chunks_is_the_body_and_extensions_are_dropped(self, listening: Any, photo: Photo) -> None:
         image = photo(255, klass=7)
         async with listening() as here:
@@ -354,6 +376,30 @@ class TestNumber:
             engine.open_gates()
             assert (await busy.answer()).status == 200
 
+    async def test_who_sends_empty_lines_behind_a_request_may_go_on(
+        self, listening: Any, engine: FakeEngine, photo: Photo
+    ) -> None:
+        async with listening(max_header_bytes=1024) as here:
+            engine.gates[1].clear()
+            line = await here.connect()
+            line.send(photo(255))
+            await asyncio.to_thread(engine.began.acquire)
+            line.writer.write(b"\r\n" * 1000)
+            await here.turn()
+            engine.open_gates()
+            assert (await line.answer()).status == 200
+            line.writer.write(GET)
+            assert (await asyncio.wait_for(line.answer(), 5)).status == 200
+
+    async def test_a_turn_that_fails_ends_no_others(self) -> None:
+        failed: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context["exception"]))
+        connections, came = Connections(LIMITS, lambda _: None), asyncio.Event()
+        connections.in_turn(lambda: 1 // 0)
+        connections.in_turn(came.set)
+        await asyncio.wait_for(came.wait(), 5)
+        assert [type(error) for error in failed] == [ZeroDivisionError]
+
     async def test_pipelined_requests_are_answered_in_order_however_many(self, listening: Any) -> None:
         async with listening() as here:
             line = await here.connect()
@@ -418,6 +464,76 @@ class TestHangUps:
             await here.service.intake.wait_idle()
             engine.open_gates()
         assert sum(len(batch.pixels) for batch in engine.batches) == 1
+
+    async def test_also_behind_a_quick_answer(self, listening: Any, engine: FakeEngine, photo: Photo) -> None:
+        async with listening(max_header_bytes=1024) as here:
+            engine.gates[1].clear()
+            line = await here.connect()
+            line.writer.write(GET + b"".join(post(photo(255)) for _ in range(200)))
+            await line.writer.drain()
+            await asyncio.to_thread(engine.began.acquire)
+            line.close()
+            await _all_have_left(here)
+            engine.open_gates()
+
+    async def test_the_end_is_looked_for_behind_a_body_that_came_faster_than_it_was_read(self) -> None:
+        transport = _Transport()
+        line = _line(_refusing_nothing, transport)
+        line.data_received(post(bytes(300_000)))
+        assert not transport.paused
+        line.connection_lost(None)
+
+    async def test_many_chunks_behind_another_request_are_a_whole_one(
+        self, listening: Any, engine: FakeEngine, photo: Photo
+    ) -> None:
+        async with listening() as here:
+            engine.gates[1].clear()
+            line = await here.connect()
+            line.send(photo(255, klass=1))
+            image = photo(255, klass=2)
+            size = max(1, len(image) // 400)
+            chunks = b"".join(chunk(image[at : at + size]) for at in range(0, len(image), size)) + b"0\r\n\r\n"
+            line.writer.write(post(b"", b"Transfer-Encoding: chunked", length=False) + chunks)
+            line.writer.write_eof()
+            assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            engine.open_gates()
+            for klass in (1, 2):
+                while (answer := await line.answer()).status == 100:
+                    pass
+                assert json.loads(answer.body)["results"][0]["predictions"][0]["class_id"] == klass
+            assert await line.ended()
+
+    @pytest.mark.parametrize("half", [b"GET /li", post(b"data")[:-1]])
+    async def test_who_takes_no_answer_and_ends_amid_a_request_is_dropped(self, half: bytes) -> None:
+        transport = _Transport(unsent=100)
+        line = _line(_refusing_nothing, transport)
+        line.data_received(half)
+        if not line.eof_received():
+            transport.close()
+        await asyncio.wait_for(transport.ended.wait(), 5)
+        line.connection_lost(None)
+
+    async def test_a_linger_is_no_longer_for_who_took_the_answer_late(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "LINGER_S", 0.01)
+        transport = _Transport()
+        line = _line(_refusing_nothing, transport)
+        line.data_received(b"junk\r\n")
+        line.pause_writing()
+        line.resume_writing()
+        await asyncio.wait_for(transport.ended.wait(), 5)
+        line.connection_lost(None)
+
+
+async def _all_have_left(here: Any) -> None:
+    async with asyncio.timeout(5):
+        while here.service.connections.open:
+            await asyncio.sleep(0.01)
+
+
+async def _refusing_nothing(_: Any, receive: Any, __: Any) -> None:
+    """An application that waits for the client."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class TestWhoMayAsk:
@@ -510,12 +626,14 @@ def test_whatever_comes_the_connection_survives_it(stream: bytes) -> None:
 
 
 class _Transport(asyncio.Transport):
-    """A socket in memory that takes everything."""
+    """A socket in memory that takes everything, but for `unsent` bytes that hold its end up."""
 
-    def __init__(self) -> None:
+    def __init__(self, unsent: int = 0) -> None:
         super().__init__({})
         self.sent = b""
         self.closed = self.paused = False
+        self.unsent = unsent
+        self.ended = asyncio.Event()
 
     def write(self, data: Any) -> None:
         self.sent += bytes(data)
@@ -524,8 +642,12 @@ class _Transport(asyncio.Transport):
 
     def close(self) -> None:
         self.closed = True
+        if not self.unsent:
+            self.ended.set()
 
-    abort = close
+    def abort(self) -> None:
+        self.closed = True
+        self.ended.set()
 
     def is_closing(self) -> bool:
         return self.closed
@@ -541,7 +663,26 @@ class _Transport(asyncio.Transport):
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.unsent
+
+
+LIMITS = module.ConnectionLimits(4, 300, 10.0, 10.0, 10.0, 0.0, 0.05)
+
+
+def _line(app: Any, transport: _Transport) -> module.Connection:
+    class Config:
+        loaded_app = staticmethod(app)
+
+    class State:
+        def __init__(self) -> None:
+            self.connections: set[Any] = set()
+            self.tasks: set[Any] = set()
+            self.default_headers: list[Any] = []
+            self.total_requests = 0
+
+    line = module.Connection(Connections(LIMITS, lambda _: None), Config(), State(), {})  # type: ignore[arg-type]
+    line.connection_made(transport)
+    return line
 
 
 async def _replay(stream: bytes, cuts: list[int]) -> tuple[list[bytes], bytes]:
@@ -559,20 +700,8 @@ async def _replay(stream: bytes, cuts: list[int]) -> tuple[list[bytes], bytes]:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 
-    class Config:
-        loaded_app = staticmethod(app)
-
-    class State:
-        def __init__(self) -> None:
-            self.connections: set[Any] = set()
-            self.tasks: set[Any] = set()
-            self.default_headers: list[Any] = []
-            self.total_requests = 0
-
-    limits = module.ConnectionLimits(4, 300, 10.0, 10.0, 10.0, 0.0, 10.0)
-    line = module.Connection(Connections(limits, lambda _: None), Config(), State(), {})  # type: ignore[arg-type]
     transport = _Transport()
-    line.connection_made(transport)
+    line = _line(app, transport)
     at = 0
     for cut in cuts:
         for _ in range(200):
