@@ -24,10 +24,13 @@ def read_file(path: Path, most: int) -> bytes:
     cause in one line."""
     # A FIFO that nobody writes to would block: neither opening nor reading may wait.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    with open(descriptor, "rb") as stream:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("is not a regular file")
-        content = stream.read(most + 1)
+        with open(descriptor, "rb", closefd=False) as stream:
+            content = stream.read(most + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > most:
         raise ValueError(f"is larger than {most} bytes")
     return content

@@ -900,5 +900,8 @@ def _has_sent_its_end(transport: asyncio.Transport) -> bool:
     if sys.platform != "linux" or transport.is_closing():
         return False
     # A wrapper of our own: the loop hands out one without getsockopt.
-    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as same:
-        return same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
+    try:
+        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as same:
+            return same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
+    except OSError:  # no descriptor is left: nobody knows
+        return False

@@ -15,11 +15,12 @@ from server.errors import Forbidden, Unauthorized
 log = logging.getLogger(__name__)
 
 _MOST = 4096
+_Signature = tuple[int, int, int, int] | None
 _TOKEN = re.compile(rb"[A-Za-z0-9\-._~+/]+=*")  # RFC 6750, 2.1
 
 
 class ControlToken:
-    """Read anew when the file is another one (its number, size or time): secrets are rotated by a new file or link.
+    """Read anew when the file is another one (its number, size or times): secrets are rotated by a new file or link.
 
     While the new one cannot be used the old token counts, and the log says so once.
     """
@@ -27,7 +28,8 @@ class ControlToken:
     def __init__(self, file: Path | None) -> None:
         """Without a file no token is asked for. Raises ValueError, in one line, for a file that cannot be used."""
         self._file = file
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: _Signature = None  # of the file that was read
+        self._warned: _Signature = None  # of one that could not be
         self._token = b""
         if file is not None:
             self._seen, self._token = _signature(file), _read(file)
@@ -47,21 +49,24 @@ class ControlToken:
         signature = _signature(file)
         if signature == self._seen:
             return
-        self._seen = signature
         try:
             self._token = _read(file)
-            log.info("the control token was read anew")
         except ValueError as error:
-            log.warning("the control token stays as it was: %s: %s", file, error)
+            if signature != self._warned:
+                log.warning("the control token stays as it was: %s: %s", file, error)
+            self._warned = signature
+        else:
+            self._seen = signature
+            log.info("the control token was read anew")
 
 
-def _signature(file: Path) -> tuple[int, int, int] | None:
+def _signature(file: Path) -> _Signature:
     """What tells one file from another at a path, links followed; None where there is none."""
     try:
         found = os.stat(file)
     except (OSError, ValueError):
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read(file: Path) -> bytes:

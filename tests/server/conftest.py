@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -239,7 +240,8 @@ def listening(bundle: Bundle, engine: FakeEngine) -> Any:
                 engine.open_gates()
                 for line in here.lines:
                     line.close()
-                server.should_exit = True
+                for _ in range(2):  # the second one skips what is waited for
+                    server.signalled(signal.SIGINT)
                 await task
                 for number in process.STOP:
                     loop.remove_signal_handler(number)

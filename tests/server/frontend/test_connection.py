@@ -150,17 +150,17 @@ class TestFraming:
         ids=["header", "chunk", "trailer"],
     )
     async def test_lines_of_blanks_cost_no_more_than_others(self, listening: Any, lines: bytes) -> None:
-        async with listening() as here, asyncio.timeout(2):
+        async with listening() as here, asyncio.timeout(10):
             line = await here.connect()
-            line.writer.write(lines % (b" " * 30_000))
+            line.writer.write(lines % (b" " * 60_000))
             assert (await line.answer()).code == "bad_request"
 
-    @pytest.mark.parametrize("character", [*range(9), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F], ids=hex)
-    async def test_a_header_has_no_control_characters(self, listening: Any, character: int) -> None:
+    async def test_a_header_has_no_control_characters(self, listening: Any) -> None:
         async with listening() as here:
-            line = await here.connect()
-            line.writer.write(b"GET /livez HTTP/1.1\r\n" + HOST + b"A: b%cc\r\n\r\n" % character)
-            assert (await line.answer()).code == "bad_request"
+            for character in (*range(9), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F):
+                line = await here.connect()
+                line.writer.write(b"GET /livez HTTP/1.1\r\n" + HOST + b"A: b%cc\r\n\r\n" % character)
+                assert (await line.answer()).code == "bad_request", hex(character)
 
     async def test_a_body_in_chunks_is_the_body_and_extensions_are_dropped(self, listening: Any, photo: Photo) -> None:
         image = photo(255, klass=7)
