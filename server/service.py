@@ -45,6 +45,7 @@ from server.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
 
+_HANDOVER_S = 5.0  # for the server before this one to be told to stop
 _QUIET = 0.1  # images a second: nobody is there
 _STALLED = 20  # times what a batch is believed to take: no load makes it so slow
 
@@ -345,7 +346,10 @@ def _store(settings: Settings, bundle: Bundle) -> PolicyStore:
     if settings.state_dir is None:
         return MemoryStore()
     try:
-        return FileStore(settings.state_dir / f"budget-{bundle.manifest.version}.json")
+        # A server that is about to stop, as in a rolling restart, gives its budget up as soon as it drains.
+        return FileStore(
+            settings.state_dir / f"budget-{bundle.manifest.version}.json", wait_s=settings.drain_delay_s + _HANDOVER_S
+        )
     except StateInUse as error:
         raise SettingsError(f"{error}: give each a DVT_STATE_DIR of its own, or an empty one") from None
 

@@ -368,7 +368,7 @@ class BudgetController:
             policy = self._store.load()
         except StoreUnavailable as error:
             log.warning("the stored budget is not used, the default is: %s", error.detail)
-            policy = None
+            return error.extra.get("version", 0) + 1, default_solution(self._frontier)
         if policy is None:
             return 1, default_solution(self._frontier)
         try:

@@ -10,7 +10,9 @@ import errno
 import json
 import logging
 import os
+import re
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -50,7 +52,8 @@ class PolicyStore(Protocol):
     at a time."""
 
     def load(self) -> Policy | None:
-        """The policy last saved, None where there is none yet. Raises StoreUnavailable where it cannot be read."""
+        """The policy last saved, None where there is none yet. Raises StoreUnavailable where it cannot be read, with
+        the version=... that it seems to have had, or 0."""
         ...
 
     def save(self, policy: Policy) -> None:
@@ -95,13 +98,14 @@ class FileStore:
     empty or broken: then `<name>` counts, the last policy that was synced.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        """Raises StateInUse. A folder that cannot be made or written to is no reason not to start: then nothing can be
-        stored, and whoever tries is told."""
+    def __init__(self, path: Path | str, wait_s: float = 0.0) -> None:
+        """Waits at most so long for another server that is about to stop, and blocks; then raises StateInUse. A folder
+        that cannot be made or written to is no reason not to start: nothing can be stored, and whoever tries is told.
+        """
         self.path = Path(path)
         self._new = self.path.with_name(f"{self.path.name}.new")
         self._saved = ""
-        self._lock = _lock(self.path.with_name(f"{self.path.name}.lock"))
+        self._lock = _lock(self.path.with_name(f"{self.path.name}.lock"), wait_s)
 
     def load(self) -> Policy | None:
         policies, errors = [], []
@@ -113,7 +117,7 @@ class FileStore:
             except StoreUnavailable as error:
                 errors.append(error)
         if not policies and errors:
-            raise errors[0]
+            raise StoreUnavailable(errors[0].detail, version=max(error.extra["version"] for error in errors))
         for unread in errors:
             log.warning("not used: %s", unread.detail)
         return max(policies, key=lambda policy: policy.version, default=None)
@@ -140,7 +144,7 @@ class FileStore:
             self._lock = None
 
 
-def _lock(path: Path) -> int | None:
+def _lock(path: Path, wait_s: float) -> int | None:
     """The descriptor that holds the lock; None where there is none to be had. Raises StateInUse."""
     if fcntl is None:
         return None
@@ -150,19 +154,26 @@ def _lock(path: Path) -> int | None:
     except OSError as error:
         log.warning("budgets cannot be stored: %s: %s", path.parent, cause(error))
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise StateInUse(f"{path.parent} belongs to another server that runs") from None
-        log.warning("%s cannot be locked, and must have one server only: %s", path.parent, cause(error))
-        return None
-    return descriptor
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as error:
+            taken = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            if taken and time.monotonic() < until:
+                time.sleep(0.05)  # flock waits for ever or not at all
+                continue
+            os.close(descriptor)
+            if taken:
+                raise StateInUse(f"{path.parent} belongs to another server that runs") from None
+            log.warning("%s cannot be locked, and must have one server only: %s", path.parent, cause(error))
+            return None
 
 
 def _read(path: Path) -> Policy:
-    """Raises FileNotFoundError and StoreUnavailable."""
+    """Raises FileNotFoundError and StoreUnavailable, with the version that can be made out."""
+    content = b""
     try:
         content = read_file(path, _MOST)
         document = parse_json(content.partition(b"\n")[0])  # what follows the first line is an older one's
@@ -171,13 +182,19 @@ def _read(path: Path) -> Policy:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise StoreUnavailable(f"{path}: {cause(error)}") from None
+        raise StoreUnavailable(f"{path}: {cause(error)}", version=_version_in(content)) from None
     except (KeyError, TypeError, AttributeError):
-        raise StoreUnavailable(f"{path}: does not hold a budget") from None
+        raise StoreUnavailable(f"{path}: does not hold a budget", version=_version_in(content)) from None
     sound = isinstance(target, dict) and isinstance(hold, str) and isinstance(mix, bool)
     if type(version) is not int or not 1 <= version < SOUND_INTEGER or not sound:
-        raise StoreUnavailable(f"{path}: does not hold a budget")
+        raise StoreUnavailable(f"{path}: does not hold a budget", version=_version_in(content))
     return Policy(version, target, hold, mix)
+
+
+def _version_in(content: bytes) -> int:
+    """Of a policy that is damaged, so that its number is not given to another; 0 where it cannot be told."""
+    found = re.search(rb'"version"\s*:\s*([0-9]{1,15})(?![0-9.eE])', content)
+    return int(found[1]) if found else 0
 
 
 def _overwrite(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,21 @@ def test_what_is_no_file_is_not_read_and_nobody_waits_for_it(tmp_path: Path, in_
     else:
         with pytest.raises(StoreUnavailable):
             store.load()
+
+
+def test_the_next_server_waits_for_one_that_stops(tmp_path: Path) -> None:
+    first = FileStore(tmp_path / "budget.json")
+    first.save(Policy(7, {"gmacs": 1.0}, "cost"))
+    threading.Timer(0.1, first.close).start()
+    assert FileStore(tmp_path / "budget.json", wait_s=60).load() == Policy(7, {"gmacs": 1.0}, "cost")
+
+
+@pytest.mark.parametrize(("text", "version"), [('{"version": 41, "target"', 41), ('{"version": 1e9', 0), ("", 0)])
+def test_the_number_of_a_damaged_policy_is_not_given_to_another(tmp_path: Path, text: str, version: int) -> None:
+    (tmp_path / "budget.json").write_text(text)
+    with pytest.raises(StoreUnavailable) as refused:
+        FileStore(tmp_path / "budget.json").load()
+    assert refused.value.extra == {"version": version}
 
 
 def test_a_folder_that_is_read_only_is_no_reason_not_to_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
