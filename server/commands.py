@@ -105,6 +105,7 @@ def start(settings: Settings, dry_run: bool) -> None:
         url = listener.url_of(socket)
 
         def started() -> None:
+            process.settle()
             process.say(
                 f"Serving {model}\n"
                 f"Listening on {url}   (docs: {url}/docs, stop: Ctrl-C)\n"

@@ -28,9 +28,11 @@ import logging
 import os
 import re
 import socket
+import struct
 import sys
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -241,7 +243,7 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._blocked = self.loop.create_future()
         if self._send_timer is None:
-            self._send_timer = self.loop.call_later(self.limits.send_timeout_s, self.transport.abort)
+            self._send_timer = self.loop.call_later(self.limits.send_timeout_s, self._drop)
         self._connections.owes(self, True)
 
     def resume_writing(self) -> None:
@@ -368,7 +370,7 @@ class Connection(asyncio.Protocol):
         if self._patience is not None:
             self._patience.cancel()
         if self.transport.get_write_buffer_size() and self._send_timer is None:
-            self._send_timer = self.loop.call_later(self.limits.send_timeout_s, self.transport.abort)
+            self._send_timer = self.loop.call_later(self.limits.send_timeout_s, self._drop)
         self.transport.close()
 
     def give_up(self) -> None:
@@ -376,6 +378,13 @@ class Connection(asyncio.Protocol):
         self._counted = False
         self._connections.leave(self)
         self._connections.refused("connection_given_up")
+        self._drop()
+
+    def _drop(self) -> None:
+        """End it now. What was not sent would stay with the kernel, for minutes: then with a reset."""
+        if self.transport.get_write_buffer_size():
+            with suppress(OSError), _own_socket(self.transport) as same:
+                same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def shutdown(self) -> None:
@@ -899,9 +908,16 @@ def _has_sent_its_end(transport: asyncio.Transport) -> bool:
     """Whether a FIN waits behind what we have not read. Only Linux tells."""
     if sys.platform != "linux" or transport.is_closing():
         return False
-    # A wrapper of our own: the loop hands out one without getsockopt.
     try:
-        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as same:
+        with _own_socket(transport) as same:
             return same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
     except OSError:  # no descriptor is left: nobody knows
         return False
+
+
+def _own_socket(transport: asyncio.Transport) -> socket.socket:
+    """The transport's, in a wrapper of our own: the loop hands out one without options. Raises OSError."""
+    found = transport.get_extra_info("socket")
+    if found is None:  # it is closed
+        raise OSError
+    return socket.socket(fileno=os.dup(found.fileno()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 import httpx
 import pytest
 
+from server import process as standing
 from server.bundle.manifest import Bundle
 
 SERVE = textwrap.dedent(
@@ -203,3 +205,12 @@ def test_what_a_client_can_cause_is_logged_at_debug_only_and_a_bug_always(level:
     assert "ZeroDivisionError" in done.stderr
     assert "ValueError: inside" in done.stderr
     assert ("INFO server.cascade: ours" in done.stderr) == (level in ("info", "debug"))
+
+
+def test_what_is_there_at_the_start_is_looked_at_no_more() -> None:
+    try:
+        standing.settle()
+        assert gc.get_freeze_count() > 10_000
+        assert len(gc.get_objects()) < 10_000
+    finally:
+        gc.unfreeze()
