@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection: everything that a client may do to a socket is answered for here, and nowhere else.
 
-`docs/connection.md` lists the promises. h11 parses headers; what it is lenient in, the framing of bodies, and the
-bounds of size and time, stand in this module. The application sees a request when its header is there, and the body as
-it asks for it.
+`docs/connection.md` lists the promises. h11 parses headers; what it is lenient in, and the framing of bodies, stand in
+`framing`, everything that has to do with a client's manners and with time in this module. The application sees a
+request when its header is there, and the body as it asks for it.
 
 Theory of operation
 - A connection does one thing at a time. It waits for a header, or it has an `Exchange`: one request and its answer.
@@ -34,7 +34,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
 
@@ -47,18 +46,17 @@ from server.errors import (
     BadRequest,
     ExpectationFailed,
     HeaderTooLarge,
-    HttpVersionNotSupported,
     Overloaded,
     RequestTimeout,
     ServeError,
 )
 from server.frontend.edge import new_request_id, problem
+from server.frontend.framing import Chunked, check_lines, head_of
 
 log = logging.getLogger(__name__)
 
 LINGER_S = 2.0  # long enough for a client that reads while it sends; short enough not to be a way to hold connections
 BODY_WINDOW_S = 5.0  # over which a body's rate is judged: a lost packet or two are no slow client
-MAX_HEADERS = 128
 _MAX_UNREAD = 256 * 1024  # bytes of a body that the application has not asked for yet
 _HIGH_WATER = 32 * 1024  # bytes of answers that the socket does not take: more, and nothing new begins
 _CHUNKS_A_TURN = 256  # of a body, each some microseconds: then the loop sees to others
@@ -68,16 +66,9 @@ _TURN_S = 0.001  # between two turns, beside others' requests
 _FIRST_PROBE_S = 0.025  # of a client that shut its side down; twice as long for every further one
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/([0-9]\.[0-9])\r\n")
-_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)")
-_CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[\t -~\x80-\xff]*)?\r\n")
-_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*\r\n")
 # RFC 9110, 7.2 and RFC 3986, 3.2.2: a name, an IPv4 or an IPv6 address, and a port.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?\Z")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)\Z", re.IGNORECASE)
-_STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus if status >= 200
-}
 _CLOSE_WAIT = 8  # of Linux's tcp_info: the other side has sent all that it will
 
 
@@ -479,13 +470,13 @@ class Connection(asyncio.Protocol):
             header = bytes(buffer[: found + 4])
             del buffer[: found + 4]
             self._searched = 0
-            _check_lines(header)
+            check_lines(header)
             return header
         # What can never become a request is refused now: a TLS handshake, HTTP/0.9, lines that end in a bare LF.
         if buffer and buffer[0] <= 0x20:
             raise BadRequest("This is not HTTP/1.1")
         if buffer.find(b"\n", self._searched) >= 0:
-            _check_lines(bytes(buffer))
+            check_lines(bytes(buffer))
         self._searched = len(buffer)
         return None
 
@@ -497,7 +488,7 @@ class Connection(asyncio.Protocol):
         request_id = new_request_id()
         response = problem(error, {"request_id": request_id})
         headers = [*response.raw_headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
-        head = _head_of(response.status_code, [*self.server_state.default_headers, *headers])
+        head = head_of(response.status_code, [*self.server_state.default_headers, *headers])
         self.write(head + bytes(response.body))
         self._end(clean=not self._counted)  # those that are not counted do not stay either
 
@@ -533,7 +524,7 @@ class Exchange:
         }
         self._keep_alive = not self._http_10 and b"close" not in options
         self._length = None if b"transfer-encoding" in given else int(given.get(b"content-length", 0))
-        self._framed = _Chunked(connection.limits.max_header_bytes) if self._length is None else None
+        self._framed = Chunked(connection.limits.max_header_bytes) if self._length is None else None
         self._is_waited_for = b"expect" in given and not self._http_10  # by a client that holds its body back
 
         self.in_turn = False  # it began when it was its turn
@@ -578,7 +569,7 @@ class Exchange:
         if self._more is None:
             self._take_chunks(self._framed)
 
-    def _take_chunks(self, framed: _Chunked) -> None:
+    def _take_chunks(self, framed: Chunked) -> None:
         self._more = None
         try:
             for _ in range(_CHUNKS_A_TURN):
@@ -598,7 +589,7 @@ class Exchange:
             self._connection.pause_reading()
             self._more = self._connection.loop.call_soon(self._go_on, framed)
 
-    def _go_on(self, framed: _Chunked) -> None:
+    def _go_on(self, framed: Chunked) -> None:
         if self._unread <= _MAX_UNREAD:
             self._connection.resume_reading()
         self._take_chunks(framed)
@@ -744,7 +735,7 @@ class Exchange:
         elif not (self._keep_alive and self.complete) or self._connection.closing or until_the_end:
             self._keep_alive = False
             headers.append((b"connection", b"close"))
-        self._head = _head_of(status, [*self._connection.server_state.default_headers, *headers])
+        self._head = head_of(status, [*self._connection.server_state.default_headers, *headers])
 
     def _send_body(self, body: bytes, more: bool) -> None:
         assert self._began, "a body comes behind its header"
@@ -767,91 +758,6 @@ class Exchange:
                 self._more.cancel()
             self._tell()
             self._connection.answered(self._keep_alive)
-
-
-class _Chunked:
-    """A body in chunks (RFC 9112, 7.1), whose trailers are dropped: nobody has a use for them.
-
-    Not h11's, whose expressions look at every blank of a line as often as there are blanks.
-    """
-
-    def __init__(self, most: int) -> None:
-        """`most`: bytes of a chunk's header, and of all trailers."""
-        self.count = 0  # chunks that began
-        self._most = most
-        self._buffer = bytearray()
-        self._searched = 0  # so many bytes of it were looked at, and do not end what is to come
-        self._left = 0  # bytes of the chunk that are to come
-        self._in_chunk = self._in_trailers = False
-
-    def feed(self, data: bytes) -> None:
-        self._buffer += data
-
-    @property
-    def rest(self) -> bytes:
-        """What came behind the body, once it has ended."""
-        return bytes(self._buffer)
-
-    def next(self) -> bytes | None:
-        """Bytes of the body, none where it ends; None where more must come. Raises BadRequest, HeaderTooLarge."""
-        if self._in_chunk and not self._left:
-            if len(self._buffer) < 2:
-                return None
-            if self._cut(2) != b"\r\n":
-                raise BadRequest("The body is not valid: a chunk is longer than its header says")
-            self._in_chunk = False
-        if not self._in_chunk and not self._in_trailers:
-            line = self._until(b"\r\n")
-            if line is None:
-                return None
-            header = _CHUNK_HEADER.fullmatch(line)
-            if header is None:
-                raise BadRequest("The body is not valid: a chunk's header is none")
-            self.count += 1
-            self._left = int(header[1], 16)
-            self._in_chunk = self._left > 0
-            self._in_trailers = not self._in_chunk
-        if self._in_trailers:
-            lines = self._cut(2) if self._buffer.startswith(b"\r\n") else self._until(b"\r\n\r\n")
-            if lines is not None and not _TRAILERS.fullmatch(lines):
-                raise BadRequest("The body is not valid: its trailers are none")
-            return None if lines is None else b""
-        data = self._cut(min(self._left, len(self._buffer)))
-        self._left -= len(data)
-        return data or None
-
-    def _until(self, end: bytes) -> bytes | None:
-        found = self._buffer.find(end, max(0, self._searched - len(end) + 1))
-        self._searched = len(self._buffer) if found < 0 else 0
-        if (len(self._buffer) if found < 0 else found + len(end)) > self._most:
-            raise HeaderTooLarge("The header of a chunk, or the trailers, are larger than a header may be")
-        return None if found < 0 else self._cut(found + len(end))
-
-    def _cut(self, size: int) -> bytes:
-        data = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        return data
-
-
-def _check_lines(lines: bytes) -> None:
-    """What h11 lets pass: bare LFs, control characters, any number of headers, versions that there are not. Raises
-    ServeError. Behind a control character h11 would look at every blank as often as there are blanks.
-
-    `lines` may end anywhere.
-    """
-    ends = lines.count(b"\r\n")
-    if lines.count(b"\n") != ends:
-        raise BadRequest("A line of the header ends in a bare line feed")
-    if _CONTROL.search(lines):
-        raise BadRequest("The header has a control character")
-    if ends > MAX_HEADERS + 2:
-        raise HeaderTooLarge(f"There are more than {MAX_HEADERS} headers")
-    if ends:
-        line = _REQUEST_LINE.match(lines)
-        if line is None:
-            raise BadRequest("The first line is no request line of HTTP/1.1")
-        if line[1] not in (b"1.0", b"1.1"):
-            raise HttpVersionNotSupported(f"HTTP/{line[1].decode()} is not spoken here: use HTTP/1.1")
 
 
 def _scope_of(
@@ -888,16 +794,6 @@ def _scope_of(
         "headers": headers,
         "state": connection.app_state.copy(),
     }
-
-
-def _head_of(status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
-    parts = [_STATUS_LINES[status]]
-    for name, value in headers:
-        parts += (name, b": ", value, b"\r\n")
-    parts.append(b"\r\n")
-    head = b"".join(parts)
-    assert head.count(b"\n") == len(headers) + 2, "a header is one line"
-    return head
 
 
 def _address(of: Any) -> tuple[str, int] | None:

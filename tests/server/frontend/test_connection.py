@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from server.engines.fake import FakeEngine
 from server.frontend import connection as module
 from server.frontend.connection import Connections
+from server.frontend.framing import MAX_HEADERS
 
 Photo = Callable[..., bytes]
 HOST = b"Host: localhost\r\n"
@@ -215,7 +216,7 @@ class TestHeaders:
     async def test_so_are_too_many_fields(self, listening: Any) -> None:
         async with listening() as here:
             line = await here.connect()
-            line.writer.write(b"GET /livez HTTP/1.1\r\n" + HOST + b"A: b\r\n" * (module.MAX_HEADERS + 1) + b"\r\n")
+            line.writer.write(b"GET /livez HTTP/1.1\r\n" + HOST + b"A: b\r\n" * (MAX_HEADERS + 1) + b"\r\n")
             assert (await line.answer()).code == "request_header_too_large"
 
     @pytest.mark.parametrize(
