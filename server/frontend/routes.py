@@ -101,7 +101,7 @@ def parse_ask(query: bytes, *, top_k: int, timeout_ms: float, max_timeout_ms: fl
 
 
 def _whole(name: str, text: str, low: int, high: int | None) -> int:
-    number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
+    number = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
     if number < low or (high is not None and number > high):
         span = f"at least {low}" if high is None else f"from {low} to {high}"
         raise InvalidRequest(f"{name} must be a whole number, {span}", field=name)
