@@ -37,9 +37,9 @@ from server.errors import Draining, Overloaded
 from server.frontend.answer_time import AnswerTime
 from server.frontend.bodies import BodyLimits, Intake
 from server.frontend.connection import ConnectionLimits, Connections
+from server.frontend.control_token import ControlToken
 from server.frontend.decoding import Decoder
 from server.frontend.images import ImageLimits
-from server.frontend.token import ControlToken
 from server.metrics import Metrics
 from server.settings import Settings, SettingsError
 

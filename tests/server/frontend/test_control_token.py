@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import Forbidden, Unauthorized
-from server.frontend.token import ControlToken
+from server.frontend.control_token import ControlToken
 
 
 def bearer(token: str) -> dict[bytes, bytes]:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from server.cascade.threads import step_back
+from server.cascade.batcher import step_back
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only on Linux has a thread a niceness of its own")
 
