@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,16 @@ def test_every_name_with_a_unit_says_it() -> None:
     for name in Settings.model_fields:
         if "timeout" in name or "delay" in name or "body" in name or "header" in name:
             assert any(name.endswith(unit) for unit in units), name
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.4.5", "::1", "[::1]", "localhost", "LOCALHOST.", "a.localhost"])
+def test_a_server_for_this_machine_alone_asks_for_no_token(host: str) -> None:
+    assert read_settings({"host": host}).host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", "localhost.example.org"])
+def test_one_that_others_reach_wants_a_token_or_to_be_told(host: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=rf"\A[^\n]*DVT_HOST={re.escape(host)}[^\n]*DVT_OPEN_CONTROL=true[^\n]*\Z"):
+        read_settings({"host": host})
+    assert read_settings({"host": host, "control_token_file": tmp_path / "token"}).control_token_file
+    assert read_settings({"host": host, "open_control": "true"}).open_control

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.app import create_app
 from server.engines.fake import FakeEngine
 from server.frontend import connection as module
 from server.frontend.connection import Connections
 from server.frontend.framing import MAX_HEADERS
+from server.settings import Settings, SettingsError
 
 Photo = Callable[..., bytes]
 HOST = b"Host: localhost\r\n"
@@ -719,3 +721,9 @@ async def _replay(stream: bytes, cuts: list[int]) -> tuple[list[bytes], bytes]:
     line.connection_lost(None)
     await asyncio.sleep(0)
     return seen, transport.sent
+
+
+def test_hosts_that_are_none_stop_the_start_by_name(bundle: Any, engine: FakeEngine) -> None:
+    for hosts in ("http://a", "a b", "a,b/c"):
+        with pytest.raises(SettingsError, match="DVT_ALLOWED_HOSTS"):
+            create_app(Settings(state_dir=None, allowed_hosts=hosts), bundle, engine)
