@@ -373,7 +373,7 @@ class Connection(asyncio.Protocol):
 
     def _drop(self) -> None:
         """End it now. What was not sent would stay with the kernel, for minutes: then with a reset."""
-        if self.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size() or _holds_unsent(self.transport):
             with suppress(OSError), _own_socket(self.transport) as same:
                 same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
@@ -442,6 +442,8 @@ class Connection(asyncio.Protocol):
         elif self._buffer:
             seconds = self.limits.header_timeout_s
             self._refuse(RequestTimeout(f"The header was not complete after {seconds:g} s"))
+        elif _holds_unsent(self.transport):  # the last answer: it would stay with the kernel
+            self._drop()
         else:  # not one byte of a request: there is nothing to answer
             self.close()
 
@@ -808,6 +810,20 @@ def _has_sent_its_end(transport: asyncio.Transport) -> bool:
         with _own_socket(transport) as same:
             return same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
     except OSError:  # no descriptor is left: nobody knows
+        return False
+
+
+def _holds_unsent(transport: asyncio.Transport) -> bool:
+    """Whether the client has not taken what the kernel has for it. Only Linux tells."""
+    if sys.platform != "linux" or transport.is_closing():
+        return False
+    import fcntl
+    import termios
+
+    try:
+        with _own_socket(transport) as same:
+            return fcntl.ioctl(same.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
+    except OSError:
         return False
 
 

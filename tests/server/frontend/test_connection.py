@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -319,6 +321,17 @@ class TestTime:
                 except (ConnectionError, TimeoutError):
                     pass
                 while here.service.connections.open:
+                    await asyncio.sleep(0.01)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a client has not taken")
+    async def test_who_leaves_its_answers_lying_is_reset_when_its_time_is_over(self, listening: Any) -> None:
+        async with listening(keep_alive_timeout_s=0.2) as here:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                client.connect(("127.0.0.1", here.port))
+                client.sendall(GET * 100)
+                await _all_have_left(here)
+                while client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != errno.ECONNRESET:
                     await asyncio.sleep(0.01)
 
     async def test_a_slow_sender_takes_no_requests_place(self, listening: Any, photo: Photo) -> None:
