@@ -275,13 +275,14 @@ class Simulation:
                 self._busy_s += seconds
                 self._batches[next_batch.run.stage - 1] += 1
                 self._images[next_batch.run.stage - 1] += len(next_batch.images)
+                self._carry_out(scheduler.expire(now))
             woken = wake(now) if wake and idle else math.inf
         return self._trace()
 
     def _admit(self, number: int, now: float) -> None:
         one: Any = number  # what the engine takes for pixels; the scheduler does not look inside
         try:
-            request = self.scheduler.admit([one], now, deadline=now + self.setup.deadline_s)
+            request, _ = self.scheduler.admit([one], now, deadline=now + self.setup.deadline_s)
         except (Overloaded, DeadlineExceeded):
             self._fate[number] = Fate.REFUSED
             self.missed += 1

@@ -31,7 +31,7 @@ from server.bundle.profile import LiveProfile
 from server.calibration.profiling import kept_profile, profile_at_start
 from server.cascade.batcher import Batcher
 from server.cascade.policy import DeepestRipe
-from server.cascade.scheduler import Scheduler
+from server.cascade.scheduler import Priority, Scheduler
 from server.core import Engine, ImageResult
 from server.errors import Draining, Overloaded
 from server.frontend.answer_time import AnswerTime
@@ -195,13 +195,13 @@ class Service:
         ):
             raise Overloaded("The threads that would answer have stalled", retry_after_s=1)
 
-    def check_queue(self) -> None:
+    def check_queue(self, priority: Priority) -> None:
         """Refuse before the images are decoded what the queue has no room for. Raises Overloaded.
 
         After the body was read, not before: so that a refused client keeps its connection, and does not add the cost
         of a new one to the load.
         """
-        if sum(self.batcher.load.waiting) >= self.settings.max_queued_images:
+        if self.batcher.is_full(priority):
             raise Overloaded("The queue is full", retry_after_s=1)
 
     def note_arrival(self, images: int, patience_s: float) -> None:

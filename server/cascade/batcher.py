@@ -111,6 +111,10 @@ class Batcher:
     def load(self) -> Load:
         return self._scheduler.load
 
+    def is_full(self, priority: Priority) -> bool:
+        """Whether not even one image of this priority would find a place."""
+        return self._scheduler.is_full(priority)
+
     @property
     def out(self) -> list[Batch]:
         """The batches that are in the engine, the oldest first."""
@@ -134,7 +138,7 @@ class Batcher:
         """
         if self._draining or not self.healthy:
             raise Draining("the server is shutting down", retry_after_s=RETRY_ELSEWHERE_S)
-        request = self._scheduler.admit(
+        request, outcome = self._scheduler.admit(
             images,
             self._clock(),
             deadline=deadline,
@@ -146,6 +150,8 @@ class Batcher:
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._futures[request] = future
         self._all_answered.clear()
+        if outcome.settled:
+            self._displace(outcome)
         self._step_soon()
         try:
             return await future
@@ -155,7 +161,7 @@ class Batcher:
         finally:
             # The traceback of an error holds this frame: with these names in it, error, request and pixels would form
             # a cycle and stay in memory until some garbage collection.
-            del images, request, future
+            del images, request, outcome, future
 
     def retune(self, point: OperatingPoint) -> None:
         """Put a new operating point into force. Call it on the event loop. Raises ValueError for one that cannot be."""
@@ -232,7 +238,12 @@ class Batcher:
         while len(self._out) < len(self._threads) and (batch := self._scheduler.schedule(now)) is not None:
             self._out[batch] = None
             self._handoff.put(batch)
+            self._carry_out(self._scheduler.expire(now))  # what waits would run in other batches now
         self._set_timer(now)
+
+    @_watched
+    def _displace(self, outcome: Outcome) -> None:
+        self._carry_out(outcome)
 
     @_watched
     def _abandon(self, request: Request) -> None:

@@ -27,7 +27,6 @@ from server.cascade.scheduler import Seconds, StageView
 
 RIPE = 0.95
 BOUND = 0.5
-WORTH = 2.5  # times as fast in large batches as one by one, or gathering loses: on two cores it did at 2
 
 
 class DeepestRipe:
@@ -65,13 +64,10 @@ class DeepestRipe:
 
 
 def _ripeness(seconds: Seconds, stage: int, size: int) -> list[float]:
-    """By the number of images, from 0: the speed in such a batch over the best of all batches up to `size`.
-
-    1 throughout where nothing is worth gathering for.
-    """
+    """By the number of images, from 0: the speed in such a batch over the best of all batches up to `size`."""
     costs = [seconds(stage, images) for images in range(1, size + 1)]
     if min(costs) <= 0:
         return [1.0] * (size + 1)
     speed = [0.0, *(images / s for images, s in enumerate(costs, start=1))]
     best = max(speed)
-    return [1.0] * (size + 1) if best < WORTH * speed[1] else [one / best for one in speed]
+    return [one / best for one in speed]

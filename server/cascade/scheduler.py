@@ -15,8 +15,10 @@ ones queue for the next stage, where survivors of different requests share a bat
   state stays small and nothing starves. It never idles while anything can run, and never waits or shrinks a batch for
   the sake of its head. Several batches may be out at once.
 - *Order.* Within a stage the higher priority goes first, and of equal ones the earlier deadline, which a survivor
-  keeps. A batch takes what comes next whatever its priority, so batches stay full. BACKGROUND waits until nothing
-  else can run, and never shares a batch: nobody pays for it.
+  keeps. A batch takes what comes next whatever its priority, so batches stay full. Where the queue has no room, a
+  newcomer takes the place of requests of lower priority that have not begun: the lowest and last go first.
+  BACKGROUND never shares a batch, and waits until nothing else can run; while it waits it is given BACKGROUND_SHARE of
+  the time of the others, an image at a time, so that it says something of busy hours, too.
 - *Live state.* A survivor holds a slot of the engine while it waits for, or runs in, a later stage. A first-stage
   batch takes no more rows than there are free slots, since every row may survive; deeper batches need no new slot,
   so they always can run and free some: no deadlock.
@@ -27,9 +29,12 @@ ones queue for the next stage, where survivors of different requests share a bat
   the request finishes under the point it has.
 - *Deadlines.* At the deadline an image that has a prediction is answered with it (`degraded`), also when it runs in
   a later stage just then. A request with an image that has none fails: a request succeeds or fails as a whole.
-  Where the cost of batches is known (`seconds`) nobody waits for a deadline in vain: a newcomer that could not be
-  answered even if only first stages ran from now on is refused at the door; a queued image that would miss its
-  deadline even in a batch of its own, now, is answered with what it has, or its request is refused.
+  Where the cost of batches is known (`seconds`) nobody waits for a deadline in vain. A newcomer that could not be
+  answered even if only first stages ran from now on is refused at the door; what goes after it, by priority and
+  deadline, does not count. A queued image is judged by the batch that it would run in now, not by one of its own:
+  one that would miss its deadline there is answered with what it has, or its request is refused. To shrink the batch
+  for it would save it and bring all behind it as near to their deadlines: under load every batch would be small, and
+  most of the time go into the fixed cost of batches.
 - *Rows nobody waits for.* A settled request never gets another batch. Its rows that are out are ignored when they
   come back, and their state is freed.
 
@@ -40,12 +45,13 @@ Costs are O(log n) per image and step. A swap looks at every live request once.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Literal
+
+from sortedcontainers import SortedList
 
 from server.core import Answer, Floats, ImageResult, OperatingPoint, Pixels, Slot, StageBatch, StageOutput
 from server.errors import (
@@ -58,13 +64,13 @@ from server.errors import (
     TooManyImages,
 )
 
-T = TypeVar("T")
-
 Priority = Literal[0, 1, 2, 3]
 HIGH: Priority = 0
 NORMAL: Priority = 1
 LOW: Priority = 2  # admitted only while the queue is less than half full
 BACKGROUND: Priority = 3
+
+BACKGROUND_SHARE = 0.01  # of the time that batches of others take, while BACKGROUND waits
 
 Seconds = Callable[[int, int], float]
 """(stage, images) -> seconds of such a batch."""
@@ -101,6 +107,7 @@ class Request:
     thresholds: tuple[float, ...]  # those of the point, as changed by max_exit and min_confidence
     size: int  # images
     undecided: int
+    order: int  # of admission
     priority: Priority = NORMAL
     images: tuple[Image, ...] = ()  # until it is settled
     running: int = 0  # images that are in a batch now
@@ -119,6 +126,7 @@ class Image:
     pixels: Pixels
     since: float  # when it came to where it is now: a queue or a batch
     stage: int = 1  # waits for, or runs in
+    queued: bool = False  # waits
     slot: Slot | None = None  # its state, while it waits for a later stage; a batch in flight holds its own
     confidences: list[float] = field(default_factory=list)  # at the exits it has passed
     probabilities: Floats | None = None  # (K,), at the last exit it has passed
@@ -155,103 +163,70 @@ class Load:
     max_slots: int
 
 
-class _Ordered(Generic[T]):
-    """Items by key, smallest first, equal keys in order of arrival.
-
-    `discard` leaves a dead entry in the heap. Dead entries go when they surface, or together once they outnumber the
-    living, so the heap stays within twice the living and a discard costs O(1) amortised.
-    """
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[Any, int, T]] = []
-        self._live: dict[T, None] = {}
-        self._arrivals = count()
-
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._live)
-
-    def __contains__(self, item: T) -> bool:
-        return item in self._live
-
-    def push(self, key: Any, item: T) -> None:
-        self._live[item] = None
-        heapq.heappush(self._heap, (key, next(self._arrivals), item))
-
-    def first(self) -> T | None:
-        while self._heap and self._heap[0][2] not in self._live:
-            heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
-
-    def pop(self) -> T:
-        item = self.first()
-        if item is None:
-            raise IndexError("nothing left")
-        heapq.heappop(self._heap)
-        del self._live[item]
-        return item
-
-    def discard(self, item: T) -> bool:
-        """True where the item was there."""
-        if item not in self._live:
-            return False
-        del self._live[item]
-        if len(self._heap) > 2 * len(self._live) + 16:  # 16: not worth the trouble below
-            self._heap = [entry for entry in self._heap if entry[2] in self._live]
-            heapq.heapify(self._heap)
-        return True
-
-
 class _Queue:
     """The images that wait for one stage: by priority, and of each priority by deadline, then order of admission."""
 
     def __init__(self) -> None:
-        self._by_priority: tuple[_Ordered[Image], ...] = tuple(_Ordered() for _ in get_args(Priority))
-        self._images = 0  # kept, as it is asked for at every turn
+        # Priority, deadline, order of admission, and the image.
+        self._entries: SortedList[tuple[Any, ...]] = SortedList()
 
     def __len__(self) -> int:
-        return self._images
-
-    def __contains__(self, image: Image) -> bool:
-        return image in self._by_priority[image.request.priority]
+        return len(self._entries)
 
     def push(self, image: Image) -> None:
-        self._by_priority[image.request.priority].push((image.request.deadline, image.order), image)
-        self._images += 1
+        image.queued = True
+        self._entries.add(_entry(image))
 
-    def discard(self, image: Image) -> bool:
-        """True where the image was there."""
-        there = self._by_priority[image.request.priority].discard(image)
-        self._images -= there
-        return there
+    def remove(self, image: Image) -> None:
+        image.queued = False
+        self._entries.remove(_entry(image))
 
-    def waiting(self, least: Priority) -> int:
-        """Images of this priority or a higher one."""
-        return sum(map(len, self._by_priority[: least + 1]))
+    def before(self, priority: Priority, deadline: float) -> int:
+        """Images that go before one of this priority and deadline that comes now."""
+        return self._entries.bisect_left((priority, deadline, math.inf))
+
+    @property
+    def clients(self) -> int:
+        """Images that are not BACKGROUND."""
+        entries = self._entries
+        if not entries or entries[-1][0] < BACKGROUND:
+            return len(entries)
+        return entries.bisect_left((BACKGROUND,))
+
+    @property
+    def background(self) -> int:
+        return len(self._entries) - self.clients
 
     def take(self, size: int, *, background: bool) -> tuple[Image, ...]:
         """At most so many, in order; either BACKGROUND or the others."""
-        chosen = self._by_priority[BACKGROUND:] if background else self._by_priority[:BACKGROUND]
-        images: list[Image] = []
-        for part in chosen:
-            images.extend(part.pop() for _ in range(min(len(part), size - len(images))))
-        self._images -= len(images)
-        return tuple(images)
+        entries, clients = self._entries, self.clients
+        at, end = (clients, len(entries)) if background else (0, clients)
+        images = tuple(entries.pop(at)[3] for _ in range(min(size, end - at)))
+        for image in images:
+            image.queued = False
+        return images
 
     def view(self, limit: int) -> StageView:
-        waiting = self._images - len(self._by_priority[BACKGROUND])
-        head = next((part.first() for part in self._by_priority[:BACKGROUND] if len(part)), None)
-        if head is None:
+        waiting = self.clients
+        if not waiting:
             return StageView(0, 0, math.inf, math.inf)
+        head = self._entries[0][3]
         return StageView(min(waiting, limit), waiting, head.since, head.request.deadline)
 
-    def heads(self) -> Iterator[Image]:
-        """The earliest deadline of each priority."""
-        for part in self._by_priority:
-            if (image := part.first()) is not None:
-                yield image
+    def heads(self) -> Iterator[tuple[int, Image]]:
+        """The earliest deadline of each priority but BACKGROUND, and how many images go before it."""
+        at, entries = 0, self._entries
+        while at < len(entries) and entries[at][0] < BACKGROUND:
+            yield at, entries[at][3]
+            at = entries.bisect_left((entries[at][0] + 1,))
+
+    def backwards(self) -> Iterator[Image]:
+        """From the one that would be the last to run."""
+        return (entry[3] for entry in reversed(self._entries))
+
+
+def _entry(image: Image) -> tuple[Any, ...]:
+    return image.request.priority, image.request.deadline, image.order, image
 
 
 class Scheduler:
@@ -284,8 +259,10 @@ class Scheduler:
         self._point = point
         self._queues = tuple(_Queue() for _ in max_batch_sizes)
         self._running = [0] * len(max_batch_sizes)
-        self._requests: _Ordered[Request] = _Ordered()  # all that are not settled, by deadline
+        # All that are not settled, by deadline.
+        self._requests: SortedList[tuple[float, int, Request]] = SortedList()
         self._orders = count()
+        self._credit = 0.0  # seconds that BACKGROUND may take from others; below 0 what it owes them
 
     def learn(self, seconds: Seconds, policy: Policy) -> None:
         """What a batch costs is known from now on, and a policy that goes by it."""
@@ -302,10 +279,13 @@ class Scheduler:
             max_slots=self._max_slots,
         )
 
+    def is_full(self, priority: Priority) -> bool:
+        """Whether not even one image of this priority would find a place."""
+        return self._displaced(1, priority) is None
+
     def next_deadline(self) -> float | None:
         """When `expire` will next have something to do."""
-        request = self._requests.first()
-        return None if request is None else request.deadline
+        return self._requests[0][0] if self._requests else None
 
     def check(self, point: OperatingPoint) -> None:
         """Raises ValueError for a point that does not fit this cascade."""
@@ -325,7 +305,7 @@ class Scheduler:
         min_confidence: float | None = None,
         priority: Priority = NORMAL,
         place: float = 0.0,
-    ) -> Request:
+    ) -> tuple[Request, Outcome]:
         """Take a request in, whole.
 
         `max_exit` (from 1): no image goes deeper. `min_confidence` replaces every threshold but the last; such a
@@ -338,38 +318,49 @@ class Scheduler:
             raise InvalidRequest("a request needs at least one image")
         if len(pixels) > self._max_queued_images:
             raise TooManyImages(f"at most {self._max_queued_images} images fit into the queue")
-        waiting = sum(map(len, self._queues))
-        room = self._max_queued_images if priority < LOW or not waiting else self._max_queued_images // 2
-        if waiting + len(pixels) > room:
+        displaced = self._displaced(len(pixels), priority)
+        if displaced is None:
             raise Overloaded("the queue is full", retry_after_s=self._retry_after_s(now))
         if self._seconds is not None:
-            self._refuse_hopeless(len(pixels), priority, deadline - now)
+            self._refuse_hopeless(len(pixels), priority, deadline, now)
+        outcome = Outcome()
+        for request in displaced:
+            error = Overloaded("gave way to a request of higher priority", retry_after_s=self._retry_after_s(now))
+            self._fail(request, error, "overloaded", now, outcome)
         thresholds = _thresholds(self._point, place, max_exit, min_confidence)
-        size = len(pixels)
+        size, order = len(pixels), next(self._orders)
         request = Request(
-            deadline, max_exit, min_confidence, place, self._point, thresholds, size, undecided=size, priority=priority
+            deadline,
+            max_exit,
+            min_confidence,
+            place,
+            self._point,
+            thresholds,
+            size,
+            undecided=size,
+            order=order,
+            priority=priority,
         )
         request.images = tuple(Image(request, next(self._orders), one, since=now) for one in pixels)
         for image in request.images:
             self._queues[0].push(image)
-        self._requests.push(deadline, request)
-        return request
+        self._requests.add((deadline, order, request))
+        return request, outcome
 
     def schedule(self, now: float) -> Batch | None:
         """The batch to run next, or None where nothing can run."""
-        limits = list(self._max_batch_sizes)
-        limits[0] = min(limits[0], self._max_slots - self._slots())
+        limits = self._limits()
         views = [queue.view(limit) for queue, limit in zip(self._queues, limits, strict=True)]
         # Also where new images wait for slots that only background work can free.
-        background = not any(view.ready for view in views)
-        if background:
-            able = [n for n, queue in enumerate(self._queues, start=1) if len(queue) and limits[n - 1]]
-            stage = max(able, default=None)
+        idle = not any(view.ready for view in views)
+        due = self._credit > 0
+        stage = self._background_stage(limits) if idle or due else None
+        if stage is not None:
+            images = self._queues[stage - 1].take(limits[stage - 1] if idle else 1, background=True)
+        elif (stage := self._policy(views, now)) is not None:
+            images = self._queues[stage - 1].take(limits[stage - 1], background=False)
         else:
-            stage = self._policy(views, now)
-        if stage is None:
             return None
-        images = self._queues[stage - 1].take(limits[stage - 1], background=background)
         run = StageBatch(
             stage=stage,
             pixels=[image.pixels for image in images],
@@ -386,7 +377,7 @@ class Scheduler:
 
     def update(self, batch: Batch, output: StageOutput, now: float) -> Outcome:
         """Take in what a batch said: images leave or go on to the next stage."""
-        outcome = self._take_back(batch)
+        outcome = self._take_back(batch, now)
         touched: dict[Request, list[Image]] = {}
         rows = zip(batch.images, output.confidence.tolist(), output.probabilities, output.slots, strict=True)
         for image, confidence, probabilities, slot in rows:
@@ -420,7 +411,7 @@ class Scheduler:
 
     def fail(self, batch: Batch, now: float) -> Outcome:
         """The engine raised on this batch: its requests fail, nothing else does."""
-        outcome = self._take_back(batch)
+        outcome = self._take_back(batch, now)
         outcome.freed.extend(batch.run.slots)
         for image in batch.images:
             error = EngineFailed(f"the engine failed on this batch at stage {batch.run.stage}")
@@ -430,21 +421,20 @@ class Scheduler:
     def expire(self, now: float) -> Outcome:
         """Settle every request whose deadline has come, and what could not meet it any more."""
         outcome = Outcome()
-        while (request := self._requests.first()) is not None and request.deadline <= now:
+        while self._requests and self._requests[0][0] <= now:
+            request = self._requests[0][2]
             error = DeadlineExceeded("the deadline passed before every image had reached an exit")
             self._cut_short(request, error, "deadline", now, outcome)
         if self._seconds is not None:
-            for stage, queue in enumerate(self._queues, start=1):
-                least = now + self._seconds(stage, 1)
-                while late := [image for image in queue.heads() if image.request.deadline < least]:
-                    for image in late:
-                        self._give_up(image, now, outcome)
+            for stage, limit in enumerate(self._limits(), start=1):
+                while late := self._late(stage, limit, now):
+                    self._give_up(late, now, outcome)
         return outcome
 
     def stop(self, now: float) -> Outcome:
         """Settle every request now, as if its deadline had come, to end the process."""
         outcome = Outcome()
-        for request in list(self._requests):
+        for _, _, request in list(self._requests):
             self._cut_short(request, Draining("the server stopped before an answer"), "shutdown", now, outcome)
         return outcome
 
@@ -459,7 +449,7 @@ class Scheduler:
         self.check(point)
         self._point = point
         outcome = Outcome()
-        for request in list(self._requests):
+        for _, _, request in list(self._requests):
             self._adopt(request, now, outcome)
             self._answer_if_complete(request, now, outcome)
         return outcome
@@ -481,13 +471,14 @@ class Scheduler:
             return
         request.point, request.thresholds = self._point, thresholds
         for image in request.images:
-            if image in self._queues[image.stage - 1] and _sure(image, thresholds):
+            if image.queued and _sure(image, thresholds):
                 self._decide(image, now, outcome)
 
     # -- how images and requests end
 
-    def _take_back(self, batch: Batch) -> Outcome:
+    def _take_back(self, batch: Batch, now: float) -> Outcome:
         self._running[batch.run.stage - 1] -= len(batch.images)
+        self._give_credit(batch, now - batch.started)
         for image in batch.images:
             image.request.running -= 1
         return Outcome(ignored=sum(image.request.settled for image in batch.images))
@@ -509,7 +500,8 @@ class Scheduler:
     def _release(self, image: Image, now: float, outcome: Outcome) -> None:
         """Take the image out of where it is. State that a batch in flight holds comes back with the batch."""
         spent = now - image.since
-        if self._queues[image.stage - 1].discard(image):
+        if image.queued:
+            self._queues[image.stage - 1].remove(image)
             image.queue_s += spent
         else:
             image.compute_s += spent
@@ -557,25 +549,77 @@ class Scheduler:
     def _settle(self, request: Request, outcome: Outcome) -> None:
         request.settled = True
         request.images = ()  # a cycle would keep the pixels until some garbage collection
-        self._requests.discard(request)
+        self._requests.discard((request.deadline, request.order, request))
         outcome.settled.append(request)
 
+    # -- background work
+
+    def _background_stage(self, limits: Sequence[int]) -> int | None:
+        """The deepest stage where BACKGROUND could run."""
+        able = [stage for stage, queue in enumerate(self._queues, start=1) if limits[stage - 1] and queue.background]
+        return max(able, default=None)
+
+    def _give_credit(self, batch: Batch, seconds: float) -> None:
+        """BACKGROUND pays for the time in which others waited for it. It saves nothing up while it has no work."""
+        if batch.images[0].request.priority < BACKGROUND:
+            self._credit += BACKGROUND_SHARE * seconds
+        elif any(queue.clients for queue in self._queues):
+            self._credit -= seconds
+        if not any(queue.background for queue in self._queues):
+            self._credit = min(0.0, self._credit)
+
     # -- bounds
+
+    def _limits(self) -> list[int]:
+        """Images that a batch of each stage may take now."""
+        limits = list(self._max_batch_sizes)
+        limits[0] = min(limits[0], self._max_slots - self._slots())
+        return limits
 
     def _slots(self) -> int:
         """Slots taken: a survivor that waits has one, a row that runs has one or may come back with one."""
         return sum(map(len, self._queues[1:])) + sum(self._running)
 
-    def _refuse_hopeless(self, size: int, priority: Priority, left: float) -> None:
-        """Raise where not all images could pass the first stage within `left` seconds, even if nothing else ran.
+    def _late(self, stage: int, limit: int, now: float) -> Image | None:
+        """An image that would miss its deadline in the batch that it would run in, now."""
+        assert self._seconds is not None
+        queue = self._queues[stage - 1]
+        if not queue.clients:
+            return None
+        size = max(1, min(limit, queue.clients))
+        within, alone = now + self._seconds(stage, size), now + self._seconds(stage, 1)
+        for at, image in queue.heads():
+            if image.request.deadline < (within if at < size else alone):
+                return image
+        return None
+
+    def _displaced(self, size: int, priority: Priority) -> list[Request] | None:
+        """The requests that have to go for so many images of this priority: of lower priority, the lowest and last
+        first. None where even that would make no room."""
+        waiting = sum(map(len, self._queues))
+        room = self._max_queued_images if priority < LOW or not waiting else self._max_queued_images // 2
+        excess, victims = waiting + size - room, dict[Request, None]()
+        if excess > 0:
+            for image in self._queues[0].backwards():
+                request = image.request
+                if request.priority <= priority or excess <= 0:
+                    break
+                if request not in victims:
+                    victims[request] = None
+                    excess -= sum(one.queued for one in request.images)
+        return list(victims) if excess <= 0 else None
+
+    def _refuse_hopeless(self, size: int, priority: Priority, deadline: float, now: float) -> None:
+        """Raise where not all images could pass the first stage in time, even if nothing else ran.
 
         The bound is on the safe side, as whoever passes the first stage has a prediction to be answered with.
         """
         assert self._seconds is not None
+        left = deadline - now
         if left < self._seconds(1, 1):
             raise DeadlineExceeded(f"{max(left, 0) * 1000:.1f} ms are too few for one image on an idle server")
         largest = self._max_batch_sizes[0]
-        before = self._queues[0].waiting(priority) + size
+        before = self._queues[0].before(priority, deadline) + size
         needed = before * self._seconds(1, largest) / largest / self._executors
         if before > largest * self._executors and left < needed:
             raise Overloaded("the deadline cannot be met", retry_after_s=max(1, math.ceil(needed - left)))
@@ -585,8 +629,7 @@ class Scheduler:
 
         BACKGROUND is not asked: it may have waited for hours, and nobody waits behind it.
         """
-        heads = (image for image in self._queues[0].heads() if image.request.priority != BACKGROUND)
-        return max([1, *(math.ceil(now - image.since) for image in heads)])
+        return max([1, *(math.ceil(now - image.since) for _, image in self._queues[0].heads())])
 
 
 def _thresholds(

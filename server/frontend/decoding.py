@@ -15,9 +15,12 @@ import threading
 from collections.abc import Callable, Sequence
 
 from server.bundle.manifest import Preprocessing
+from server.cascade.scheduler import BACKGROUND, HIGH, LOW, NORMAL, Priority
 from server.core import Pixels
 from server.errors import DeadlineExceeded, Overloaded, ServeError
 from server.frontend import images
+
+_ROOM = {HIGH: 2.0, NORMAL: 1.0, LOW: 0.5, BACKGROUND: 0.5}  # of the line
 
 
 class _Request:
@@ -95,14 +98,18 @@ class Decoder:
         for thread in self._threads:
             thread.start()
 
-    async def decode(self, encoded: Sequence[images.EncodedImage], deadline: float) -> list[Pixels]:
+    async def decode(
+        self, encoded: Sequence[images.EncodedImage], deadline: float, priority: Priority = NORMAL
+    ) -> list[Pixels]:
         """All images of one request, in order. Cancelling gives up those that no thread has begun.
+
+        The line is first come, first served, but a flood of lower priority cannot fill it for a higher one.
 
         Raises Overloaded, DeadlineExceeded at the deadline, or what `images.decode` raises with `index` added: that of
         the first bad image.
         """
         count = len(encoded)
-        if self._pending + count > self._most:
+        if self._pending + count > self._most * _ROOM[priority]:
             raise Overloaded("Too many images wait to be decoded", retry_after_s=1)
         seconds = deadline - self._clock()
         if seconds <= 0:

@@ -131,11 +131,11 @@ async def classify(request: Request) -> Response:
         encoded = await read_images(dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold)
         visit.begin()
         service.note_arrival(len(encoded), ask.timeout_s)
-        service.check_queue()
+        service.check_queue(ask.priority)
         arrived = clock()
         deadline = arrived + service.answer_time.within(ask.timeout_s)
         async with WhileConnected(request.receive):
-            pixels = await service.decoder.decode(encoded, deadline)
+            pixels = await service.decoder.decode(encoded, deadline, ask.priority)
             decoded = clock()
             answer = await service.batcher.submit(
                 pixels,

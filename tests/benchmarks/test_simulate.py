@@ -193,10 +193,12 @@ def test_a_full_server_refuses_and_a_late_image_is_degraded():
     assert late.figures()["correct_in_time"] > np.mean(late.correct[late.fate == Fate.IN_TIME]) * late.attainment
 
 
-def test_a_first_batch_that_ends_too_late_expires():
+def test_what_would_make_the_first_batch_too_slow_for_its_head_is_refused():
     slow = replace(SETUP, deadline_s=0.03)
     trace = Simulation(slow, deepest_first, np.zeros(16), np.arange(16)).run()
-    assert trace.fraction(Fate.EXPIRED) == 1  # 16 images take 36 ms, one alone would have taken 21
+    assert trace.fraction(Fate.REFUSED) == 7 / 16  # 16 images take 36 ms, 9 of them 29 ms
+    assert trace.rows[0] == 9
+    assert np.isin(trace.fate[7:], (Fate.IN_TIME, Fate.DEGRADED)).all()
 
 
 def test_a_controller_ticks_and_its_points_are_in_force():

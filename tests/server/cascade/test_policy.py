@@ -7,7 +7,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.bundle.profile import LatencyProfile, StageCost
+from server.bundle.profile import LatencyProfile
 from server.cascade.policy import DeepestRipe
 from server.cascade.scheduler import StageView
 
@@ -108,10 +108,3 @@ def test_it_never_idles_and_never_runs_an_empty_stage(waiting, deadlines, fixed,
     stage = policy(views, 1.0)
     assert (stage is None) == (not any(waiting))
     assert stage is None or waiting[stage - 1]
-
-
-def test_where_large_batches_are_hardly_faster_nothing_is_gathered_however_noisy_the_profile():
-    noisy = StageCost((1, 4, 16, 100), (1.3, 4.1, 21.0, 100.0), (9.0,) * 4)  # of a second an image
-    policy = DeepestRipe(LatencyProfile((noisy,) * 3).seconds, SIZES)
-    assert choice(200, 1, 1, policy=policy) == 3
-    assert choice(200, 1, 0, policy=policy) == 2

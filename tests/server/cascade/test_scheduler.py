@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.cascade.scheduler import BACKGROUND, HIGH, LOW, NORMAL, Batch, Outcome, Request, Scheduler
+from server.cascade.scheduler import BACKGROUND, BACKGROUND_SHARE, HIGH, LOW, NORMAL, Batch, Outcome, Request, Scheduler
 from server.core import Mix, OperatingPoint
 from server.engines.fake import FakeEngine
 from server.errors import DeadlineExceeded, Draining, EngineFailed, InvalidRequest, Overloaded, TooManyImages
@@ -45,7 +45,9 @@ class Cascade:
 
     def admit(self, *images: Sequence[float], deadline: float = 1000.0, **options) -> Request:
         pixels = [self.engine.image(*units(*image)) for image in images]
-        return self.scheduler.admit(pixels, self.now, deadline=deadline, **options)
+        request, outcome = self.scheduler.admit(pixels, self.now, deadline=deadline, **options)
+        self.carry_out(outcome)
+        return request
 
     def dispatch(self) -> Batch:
         batch = self.scheduler.schedule(self.now)
@@ -331,9 +333,7 @@ def test_cancelled_and_answered_requests_leave_nothing_behind():
     assert cascade.engine.slots_in_use == 0
     assert cascade.scheduler.load.slots == 0
     assert cascade.scheduler.next_deadline() is None
-    queues = [part for queue in cascade.scheduler._queues for part in queue._by_priority]
-    held = [*queues, cascade.scheduler._requests]
-    assert all(len(ordered._heap) <= 16 for ordered in held), "dead entries do not pile up"
+    assert not any(cascade.scheduler.load.waiting)
 
 
 # -- priorities
@@ -374,6 +374,78 @@ def test_low_priority_is_refused_at_half_of_the_queue():
     cascade.admit([SURE], [SURE])
 
 
+def test_a_higher_priority_takes_the_place_of_the_lowest_and_last():
+    cascade = Cascade(max_queued_images=4)
+    low = cascade.admit([SURE], priority=LOW)
+    early, late = cascade.admit([SURE], deadline=5.0), cascade.admit([SURE], [SURE], deadline=9.0)
+    assert cascade.scheduler.is_full(LOW)
+    assert not cascade.scheduler.is_full(NORMAL)
+    cascade.admit([SURE], priority=HIGH)
+    assert isinstance(low.error, Overloaded)
+    assert low.error.extra["retry_after_s"] >= 1
+    assert not early.settled
+    assert not late.settled
+    cascade.admit([SURE], priority=HIGH)
+    assert isinstance(late.error, Overloaded), "a request fails as a whole"
+    assert cascade.scheduler.load.waiting == (3, 0, 0)
+    assert not early.settled
+
+
+def test_nobody_is_displaced_by_an_equal_or_for_one_that_is_not_let_in():
+    cascade = Cascade(max_queued_images=2, seconds=seconds)
+    waits = [cascade.admit([SURE], deadline=100.0) for _ in range(2)]
+    assert cascade.scheduler.is_full(NORMAL)
+    with pytest.raises(Overloaded):
+        cascade.admit([SURE], deadline=50.0)
+    with pytest.raises(DeadlineExceeded):
+        cascade.admit([SURE], deadline=0.5, priority=HIGH)
+    assert not any(request.settled for request in waits)
+
+
+def test_what_has_begun_is_not_displaced():
+    cascade = Cascade(sizes=(2, 2, 2), max_queued_images=2)
+    begun = cascade.admit([UNSURE, UNSURE, SURE], [UNSURE, UNSURE, SURE])
+    cascade.step()
+    assert cascade.scheduler.load.waiting == (0, 2, 0)
+    with pytest.raises(Overloaded):
+        cascade.admit([SURE], priority=HIGH)
+    cascade.run_dry()
+    assert exits(begun) == [3, 3]
+
+
+def test_background_work_that_waits_gets_its_share_of_a_busy_device_and_no_more():
+    cascade = Cascade(sizes=(4, 4, 4))
+    taken = {True: 0.0, False: 0.0}
+    waits = None
+    for _ in range(20_000):
+        if waits is None or waits.settled:
+            waits = cascade.admit([SURE], deadline=1e9, priority=BACKGROUND)
+        while cascade.scheduler.load.waiting[0] < 9:
+            cascade.admit([SURE], deadline=1e8)
+        batch = cascade.dispatch()
+        background = batch.images[0].request.priority == BACKGROUND
+        assert not background or len(batch.images) == 1
+        cascade.now += (spent := 1.0 if background else 2.0)
+        taken[background] += spent
+        cascade.come_back(batch)
+    assert taken[True] / taken[False] == pytest.approx(BACKGROUND_SHARE, rel=0.01)
+
+
+def test_background_work_saves_no_time_up_while_there_is_none():
+    cascade = Cascade()
+    for _ in range(1000):
+        cascade.admit([SURE])
+        batch = cascade.dispatch()
+        cascade.now += 10.0
+        cascade.come_back(batch)
+        cascade.now = 0.0
+    for _ in range(2):
+        cascade.admit([UNSURE, UNSURE, SURE], priority=BACKGROUND)
+    for _ in range(8):
+        cascade.admit([SURE])
+    assert [batch.images[0].request.priority for batch in cascade.run_dry()[:2]] == [NORMAL, NORMAL]
+
+
 # -- deadlines that cannot be met
 
 
@@ -383,13 +455,20 @@ def seconds(stage: int, images: int) -> float:
 
 def test_a_newcomer_is_refused_at_the_door_where_even_first_stages_alone_would_take_too_long():
     cascade = Cascade(sizes=(2, 2, 2), seconds=seconds)
-    for _ in range(4):
-        cascade.admit([SURE], deadline=100.0)
-    cascade.admit([SURE], deadline=5.0)  # the fifth of five at one a second
+    for _ in range(5):
+        cascade.admit([SURE], deadline=5.0)  # the fifth of five at one a second
     with pytest.raises(Overloaded) as refused:
         cascade.admit([SURE], deadline=5.5)
     assert refused.value.extra["retry_after_s"] == 1
     cascade.admit([SURE], deadline=2.0, priority=HIGH)  # they go before the others
+
+
+def test_what_goes_behind_a_newcomer_refuses_nobody_at_the_door():
+    cascade = Cascade(sizes=(2, 2, 2), seconds=seconds)
+    for _ in range(40):
+        cascade.admit([SURE], deadline=900.0)
+    hurried = cascade.admit([SURE], deadline=2.1)
+    assert hurried in {image.request for image in cascade.dispatch().images}
 
 
 def test_a_deadline_that_an_idle_server_would_miss_is_refused_as_such():
@@ -408,6 +487,25 @@ def test_a_queued_image_that_cannot_make_it_is_refused_before_its_deadline():
     cascade.expire()
     assert isinstance(doomed.error, Overloaded)
     assert doomed.abandoned == "overloaded"
+
+
+def test_an_image_is_judged_by_the_batch_that_it_would_run_in():
+    cascade = Cascade(sizes=(4, 4, 4), seconds=seconds)
+    heads = [cascade.admit([SURE], deadline=2.6) for _ in range(2)]  # alone 1.5 s, in a batch of four 3 s
+    for _ in range(2):
+        cascade.admit([SURE], deadline=100.0)
+    cascade.expire()
+    assert [head.abandoned for head in heads] == ["overloaded", None], "without one, it is a batch of three: 2.5 s"
+    assert len(cascade.dispatch().images) == 3
+
+
+def test_an_image_that_the_next_batch_does_not_take_is_judged_by_one_of_its_own():
+    cascade = Cascade(sizes=(2, 2, 2), seconds=seconds)
+    later = cascade.admit([SURE], deadline=1.8)  # alone 1.5 s, in a batch of two 2 s
+    for _ in range(2):
+        cascade.admit([SURE], deadline=100.0, priority=HIGH)
+    cascade.expire()
+    assert not later.settled
 
 
 def test_a_survivor_that_cannot_make_it_is_answered_at_once_with_what_it_has():
@@ -593,8 +691,18 @@ class Histories(RuleBasedStateMachine):
     )
     def admit(self, images, patience, max_exit, min_confidence, priority, place):
         load = self.cascade.scheduler.load
-        room = 12 if priority < LOW else 6
-        full = sum(load.waiting) + len(images) > room
+        room = 12 if priority < LOW or not any(load.waiting) else 6
+        excess = sum(load.waiting) + len(images) - room
+        running = {image for batch in self.flying for image in batch.images}
+        live = [request for request in self.confidences if not request.settled]
+        waits = {
+            request: sum(image.result is None and image not in running for image in request.images)
+            for request in live
+            if any(image.stage == 1 and image not in running and image.result is None for image in request.images)
+        }
+        lower = [request for request in waits if request.priority > priority]
+        full = excess > sum(waits[request] for request in lower)
+        before = len(self.cascade.settled)
         try:
             request = self.cascade.admit(
                 *images,
@@ -607,11 +715,20 @@ class Histories(RuleBasedStateMachine):
         except Overloaded:
             # Or the first stage alone would take too long.
             assert full or (self.seconds and patience < self.seconds(1, 1) * (load.waiting[0] + len(images)))
+            assert len(self.cascade.settled) == before, "nobody goes for one that is not let in"
         except DeadlineExceeded:
             assert self.seconds
             assert patience < self.seconds(1, 1)
         else:
             assert not full
+            gone = self.cascade.settled[before:]
+            assert set(gone) <= set(lower), "only a higher priority displaces"
+            assert all(one.abandoned == "overloaded" for one in gone)
+            assert (sum(waits[one] for one in gone) >= excess) if excess > 0 else not gone
+            if gone:
+                stayed = [(one.priority, one.deadline) for one in lower if one not in gone]
+                most = max(gone, key=lambda one: (one.priority, one.deadline))
+                assert all((most.priority, most.deadline) >= kept for kept in stayed), "the lowest and last go first"
             self.confidences[request] = [tuple(float(np.float32(u / 255)) for u in units(*image)) for image in images]
             self.orders[request] = [image.order for image in request.images]
 
@@ -619,12 +736,16 @@ class Histories(RuleBasedStateMachine):
     @rule(returns=st.booleans())
     def dispatch(self, returns):
         """Start a batch; `returns`: it comes back before anything else happens."""
+        self.cascade.expire()
+        if not any(self.cascade.scheduler.load.waiting):
+            return
         load = self.cascade.scheduler.load
         live = [image for request in self.confidences if not request.settled for image in request.images]
         running = {image for batch in self.flying for image in batch.images}
         queued = [image for image in live if image.result is None and image not in running]
         waiting = Counter(image.stage for image in queued if image.request.priority != BACKGROUND)
         hidden = Counter(image.stage for image in queued if image.request.priority == BACKGROUND)
+        due = self.cascade.scheduler._credit > 0
         batch = self.cascade.scheduler.schedule(self.cascade.now)
         free = load.max_slots - load.slots
         if batch is None:
@@ -635,9 +756,13 @@ class Histories(RuleBasedStateMachine):
         background = {image.request.priority == BACKGROUND for image in batch.images}
         assert len(background) == 1, "background work shares no batch"
         if background == {True}:
-            assert not any(waiting[deeper] for deeper in (2, 3)), "background work before a client's"
-            assert not waiting[1] or not free, "background work before a client's"
-            waiting = hidden
+            idle = not waiting[2] and not waiting[3] and (not waiting[1] or not free)
+            assert idle or due, "background work before a client's"
+            assert idle or len(batch.images) == 1
+            waiting = hidden if idle else Counter({stage: 1})
+        elif self.seconds:
+            ends = self.cascade.now + self.seconds(stage, len(batch.images))
+            assert all(image.request.deadline >= ends for image in batch.images), "it brings none of them in time"
         assert not any(waiting[deeper] for deeper in range(stage + 1, 4)), "a deeper stage was passed over"
         can_start = waiting[stage] if stage > 1 else min(waiting[1], free)
         assert len(batch.images) == min(can_start, self.sizes[stage - 1]), "as full as it can be"
