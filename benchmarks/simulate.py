@@ -1,11 +1,13 @@
 """Policies compared on the server's own scheduler under a virtual clock: no engine, no waiting, the same every time.
 
     python -m benchmarks.simulate compare --out --plots build   # the policy beside all baselines, many configurations
+    python -m benchmarks.simulate overload --out --plots build  # the same at 1.5, 2 and 3 times the capacity
     python -m benchmarks.simulate p99 --out --plots build       # p99 latency against the law of the batching cycle
     python -m benchmarks.simulate maximum --profile 2,2,2/0.1,0.2,0.4 --deadline-ms 50   # one configuration, your own
 
 Goodput is that at the highest rate at which 99 % of all arrivals are answered within the deadline, by an exit that was
-sure. It is searched for with the same arrivals, stretched, and the same images for every policy. Costs are stated as
+sure. It is searched for with the same arrivals, stretched, and the same images for every policy. Under overload it is
+the fraction of all arrivals that is answered correctly in time which counts, at fixed thresholds. Costs are stated as
 c(n) = a + b n for a batch of n, not measured; images are synthetic, or with --bundle those that calibration logged.
 """
 
@@ -63,6 +65,8 @@ P99_PROFILES = ("gpu 6", "gpu 20", "gpu 60")
 LOADS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 LAW = 2.18  # p99 over T
 LARGEST = 16_384  # a batch size that nothing reaches
+FACTORS = (1.5, 2.0, 3.0)  # of the capacity, under overload
+
 CYCLES = 400.0  # of the batching cycle that a run lasts, at least
 WARM_UP = 0.1  # of the images are not looked at: the first find an empty server
 
@@ -252,6 +256,57 @@ def _spread(ratios: NDArray[np.float64]) -> str:
     return f"median {np.median(ratios):.2f}, lowest {ratios.min():.2f}, highest {ratios.max():.2f}"
 
 
+# --- overload ---------------------------------------------------------------------------------------------------------
+
+
+def _overload_one(options: Options, configuration: Configuration) -> dict[str, Any]:
+    records = cascades.synthetic(SAMPLES, options.seed)
+    setup = configuration.setup(records)
+    images = images_of(options, setup)
+    traffic = Traffic.generate(configuration.arrivals, images, records, options.seed + 1)
+    delays = {f"fixed delay {share:g}": fixed_delay(share) for share in DELAYS}
+    contenders: dict[str, Contender] = {SERVER: server, "compacted": BASELINES["compacted"], **delays}
+    found: dict[str, Any] = {}
+    for factor in FACTORS:
+        found[f"{factor:g}"] = {}
+        for name, contender in contenders.items():
+            figures = run(contender, setup, traffic, factor * setup.capacity).figures()
+            found[f"{factor:g}"][name] = {key: figures[key] for key in OUTCOMES}
+    return {**asdict(configuration), "images": images, "capacity": setup.capacity, "loads": found}
+
+
+OUTCOMES = ("correct_in_time", "in_time", "degraded", "refused", "expired")
+
+
+def overload(options: Options) -> Report:
+    """All contenders shed what cannot be answered in time: that is the scheduler's, whatever the policy."""
+    report = Report("simulate_overload", figures={"seed": options.seed, "profiles_ms": PROFILES, "factors": FACTORS})
+    rows = []
+    for row in _parallel(partial(_overload_one, options), configurations(options.configurations), options.processes):
+        rows.append(row)
+        print(f"{len(rows)}: {_name(row)}", file=sys.stderr, flush=True)
+    report.add("configurations", f"{len(rows)}", configurations=rows)
+    for load in rows[0]["loads"]:
+        ours = [row["loads"][load][SERVER] for row in rows]
+        means = {key: float(np.mean([figures[key] for figures in ours])) for key in OUTCOMES}
+        report.add(f"{load} times: of all arrivals", _told(means), **{f"x{load}": means})
+        against = np.array([_over_delay(row["loads"][load]) for row in rows])
+        report.add(f"{load} times: correct in time over the best fixed delay's", _spread(against))
+        report.figures[f"x{load}_over_fixed_delay"] = against
+    if options.plots:
+        _plot_overload(rows, options.plots / "simulate_overload.png")
+    return report
+
+
+def _told(means: dict[str, float]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {mean:.3f}" for key, mean in means.items())
+
+
+def _over_delay(contenders: dict[str, dict[str, float]]) -> float:
+    best = max(figures["correct_in_time"] for name, figures in contenders.items() if name.startswith("fixed delay"))
+    return contenders[SERVER]["correct_in_time"] / best
+
+
 # --- the law of the batching cycle ------------------------------------------------------------------------------------
 
 
@@ -361,6 +416,19 @@ def _plot_compare(rows: Sequence[dict[str, Any]], ratios: NDArray[np.float64], p
     save(figure, path)
 
 
+def _plot_overload(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    figure, axes = pyplot().subplots(figsize=(7, 4.2), dpi=150)
+    for load in rows[0]["loads"]:
+        axes.plot(np.sort([_over_delay(row["loads"][load]) for row in rows]), "o-", ms=3, label=f"{load} times")
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set_xlabel("configuration, by ratio")
+    axes.set_ylabel("correct in time over the best fixed delay's")
+    axes.set_title("Overload at fixed thresholds, offered load over the capacity")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
 def _plot_p99(points: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot().subplots(figsize=(7, 4.2), dpi=150)
     for name in P99_PROFILES:
@@ -388,7 +456,7 @@ def _plot_maximum(rates: dict[str, float], path: Path) -> None:
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
-STUDIES = {"compare": compare, "p99": p99, "maximum": one}
+STUDIES = {"compare": compare, "overload": overload, "p99": p99, "maximum": one}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -410,7 +478,7 @@ def _parse(arguments: list[str] | None) -> Options:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder for simulate_<study>.json")
     parser.add_argument("--plots", type=Path, help="folder for simulate_<study>.png")
-    parser.add_argument("--configurations", type=int, default=64, help="of compare (default %(default)s)")
+    parser.add_argument("--configurations", type=int, default=64, help="of compare and overload (default %(default)s)")
     own = parser.add_argument_group("maximum")
     own.add_argument("--bundle", type=Path, help="draw from its logged records; by default they are synthetic")
     own.add_argument("--profile", type=_profile, default=PROFILES["gpu 20"], help="a,a,a/b,b,b in ms")
