@@ -17,8 +17,8 @@ ones queue for the next stage, where survivors of different requests share a bat
 - *Order.* Within a stage the higher priority goes first, and of equal ones the earlier deadline, which a survivor
   keeps. A batch takes what comes next whatever its priority, so batches stay full. Where the queue has no room, a
   newcomer takes the place of requests of lower priority that have not begun: the lowest and last go first.
-  BACKGROUND never shares a batch, and waits until nothing else can run; while it waits it is given BACKGROUND_SHARE of
-  the time of the others, an image at a time, so that it says something of busy hours, too.
+  BACKGROUND has room of its own, never shares a batch, and waits until nothing else can run; while it waits it is
+  given BACKGROUND_SHARE of the time of the others, an image at a time, so that it says something of busy hours, too.
 - *Live state.* A survivor holds a slot of the engine while it waits for, or runs in, a later stage. A first-stage
   batch takes no more rows than there are free slots, since every row may survive; deeper batches need no new slot,
   so they always can run and free some: no deadlock.
@@ -220,9 +220,9 @@ class _Queue:
             yield at, entries[at][3]
             at = entries.bisect_left((entries[at][0] + 1,))
 
-    def backwards(self) -> Iterator[Image]:
-        """From the one that would be the last to run."""
-        return (entry[3] for entry in reversed(self._entries))
+    def clients_backwards(self) -> Iterator[Image]:
+        """From the one that would be the last to run; not BACKGROUND."""
+        return (entry[3] for entry in self._entries.islice(0, self.clients, reverse=True))
 
 
 def _entry(image: Image) -> tuple[Any, ...]:
@@ -232,7 +232,8 @@ def _entry(image: Image) -> tuple[Any, ...]:
 class Scheduler:
     """Owns all images between admission and answer. The module's docstring tells the rules.
 
-    `max_queued_images` bounds the images that wait, all stages, when a request asks to be admitted; `max_slots` those
+    `max_queued_images` bounds the images that wait, all stages, when a request asks to be admitted (half of it those of
+    LOW, which may then wait with others, and of BACKGROUND, which is counted by itself); `max_slots` those
     that hold state. `seconds` tells what a batch costs, None where nobody knows; `executors`, how many run at once.
     """
 
@@ -596,11 +597,12 @@ class Scheduler:
     def _displaced(self, size: int, priority: Priority) -> list[Request] | None:
         """The requests that have to go for so many images of this priority: of lower priority, the lowest and last
         first. None where even that would make no room."""
-        waiting = sum(map(len, self._queues))
+        background = priority == BACKGROUND
+        waiting = sum(queue.background if background else queue.clients for queue in self._queues)
         room = self._max_queued_images if priority < LOW or not waiting else self._max_queued_images // 2
         excess, victims = waiting + size - room, dict[Request, None]()
         if excess > 0:
-            for image in self._queues[0].backwards():
+            for image in self._queues[0].clients_backwards():
                 request = image.request
                 if request.priority <= priority or excess <= 0:
                     break

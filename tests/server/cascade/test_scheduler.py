@@ -391,6 +391,18 @@ def test_a_higher_priority_takes_the_place_of_the_lowest_and_last():
     assert not early.settled
 
 
+def test_background_work_finds_room_in_a_full_queue_and_keeps_it():
+    cascade = Cascade(max_queued_images=4)
+    for _ in range(4):
+        cascade.admit([SURE])
+    background = [cascade.admit([SURE], priority=BACKGROUND) for _ in range(2)]
+    with pytest.raises(Overloaded):
+        cascade.admit([SURE], priority=BACKGROUND)
+    with pytest.raises(Overloaded):
+        cascade.admit([SURE])
+    assert not any(request.settled for request in background)
+
+
 def test_nobody_is_displaced_by_an_equal_or_for_one_that_is_not_let_in():
     cascade = Cascade(max_queued_images=2, seconds=seconds)
     waits = [cascade.admit([SURE], deadline=100.0) for _ in range(2)]
@@ -691,16 +703,18 @@ class Histories(RuleBasedStateMachine):
     )
     def admit(self, images, patience, max_exit, min_confidence, priority, place):
         load = self.cascade.scheduler.load
-        room = 12 if priority < LOW or not any(load.waiting) else 6
-        excess = sum(load.waiting) + len(images) - room
         running = {image for batch in self.flying for image in batch.images}
         live = [request for request in self.confidences if not request.settled]
+        kind = [request for request in live if (request.priority == BACKGROUND) == (priority == BACKGROUND)]
+        waiting = sum(image.result is None and image not in running for request in kind for image in request.images)
+        room = 12 if priority < LOW or not waiting else 6
+        excess = waiting + len(images) - room
         waits = {
             request: sum(image.result is None and image not in running for image in request.images)
             for request in live
             if any(image.stage == 1 and image not in running and image.result is None for image in request.images)
         }
-        lower = [request for request in waits if request.priority > priority]
+        lower = [request for request in waits if priority < request.priority < BACKGROUND]
         full = excess > sum(waits[request] for request in lower)
         before = len(self.cascade.settled)
         try:
