@@ -372,7 +372,7 @@ def parse_target(text: str) -> dict[str, Any]:
 
 def _describe_audited(audit: dict[str, Any]) -> str:
     return (
-        f"{audit['images']} of {audit['chosen']} chosen requests, "
+        f"{audit['images']} images for {audit['represented']} of {audit['chosen']} chosen requests, "
         f"agreement with the last exit {_interval(audit['agreement'])}, "
         f"accuracy gap {_interval(audit['accuracy_gap'])}"
     )

@@ -54,6 +54,7 @@ class AuditState:
 
     images: int
     chosen: int
+    represented: int
     audited_ratio: float | None
     pending: int  # images of chosen requests, of whatever version, that wait
     agreement: Interval
@@ -118,6 +119,7 @@ class Auditor:
         return AuditState(
             images=now.images,
             chosen=now.chosen,
+            represented=now.represented,
             audited_ratio=now.audited_ratio,
             pending=len(self._sample) + (self._underway is not None),
             agreement=now.agreement,

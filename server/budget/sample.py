@@ -37,6 +37,7 @@ class Estimate:
 
     chosen: int  # requests; one image of each
     images: int  # that were audited
+    represented: int  # of the chosen: those that the audited stand for; the others wait, or their audit failed
     audited_ratio: float | None  # of the chosen; None before the first
     agreement: Interval  # share of images to which the last exit gives the class that was answered
     accuracy_gap: Interval
@@ -55,12 +56,15 @@ class Kept(Generic[T]):
 class _Counts:
     chosen: int = 0
     images: int = 0
+    represented: int = 0
     agreement: ConfidenceSequence = field(default_factory=lambda: ConfidenceSequence(CONFIDENCE))
     gap: ConfidenceSequence = field(default_factory=lambda: ConfidenceSequence(CONFIDENCE))
 
     def estimate(self) -> Estimate:
         ratio = round(self.images / self.chosen, 6) if self.chosen else None
-        return Estimate(self.chosen, self.images, ratio, self.agreement.interval(), self.gap.interval())
+        return Estimate(
+            self.chosen, self.images, self.represented, ratio, self.agreement.interval(), self.gap.interval()
+        )
 
 
 class Sample(Generic[T]):
@@ -98,6 +102,7 @@ class Sample(Generic[T]):
         """What was found of one that was taken, each between 0 and 1. In the order of taking."""
         for counts in [self._since_start, *([self._of_version] if kept.version == self._version else [])]:
             counts.images += 1
+            counts.represented += kept.stands_for
             counts.agreement.observe(agreement, kept.stands_for)
             counts.gap.observe(gap, kept.stands_for)
 

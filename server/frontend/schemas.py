@@ -107,7 +107,8 @@ class Audited(_Model):
     """What audits say of some answers."""
 
     chosen: int = Field(description="Requests that were chosen, with one image of each.")
-    images: int = Field(description="Of those that were audited. Under load they stand for all that were chosen.")
+    images: int = Field(description="That were audited.")
+    represented: int = Field(description="Of `chosen`: the requests that these stand for. The others wait, or failed.")
     audited_ratio: float | None = Field(description="`images` of `chosen`; null before the first.")
     agreement: Interval = Field(description="Share to which the last exit gives the class that was answered.")
     accuracy_gap: Interval = Field(

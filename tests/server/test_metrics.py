@@ -111,12 +111,13 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
         audit=lambda: AuditState(
             images=2,
             chosen=8,
+            represented=7,
             audited_ratio=0.25,
             pending=5,
             agreement=Interval(0.97, 0.9, 1.0),
             accuracy_gap=Interval(0.01, 0.004, 0.02),
             confidence=0.95,
-            since_start=Estimate(8, 2, 0.25, UNSAID, UNSAID),
+            since_start=Estimate(8, 2, 7, 0.25, UNSAID, UNSAID),
         ),
         drift=lambda: DriftState(9000, 0.25, (4.5, -1.0, 0.0), True, ("psi", "exit_fractions")),
     )
@@ -163,7 +164,7 @@ def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
         profile=lambda: None,
         kappa=lambda: 1.17,
         arrival_rate=lambda: 0.0,
-        audit=lambda: AuditState(0, 0, None, 0, UNSAID, UNSAID, 0.95, Estimate(0, 0, None, UNSAID, UNSAID)),
+        audit=lambda: AuditState(0, 0, 0, None, 0, UNSAID, UNSAID, 0.95, Estimate(0, 0, 0, None, UNSAID, UNSAID)),
         drift=lambda: DriftState(0, None, None, False, ()),
     )
     with_samples = {family.name for family in metrics.registry.collect() if family.samples}

@@ -221,7 +221,7 @@ async def test_what_is_pending_is_bounded_and_what_is_over_has_others_to_stand_f
         state = here.auditor.state()
         assert (state.chosen, state.images, state.pending) == (4 * MAX_PENDING + 1, MAX_PENDING + 1, 0)
         assert state.audited_ratio == pytest.approx(0.25, abs=0.001)
-        assert here.count("dvt_audit_represented_total") == state.chosen
+        assert here.count("dvt_audit_represented_total") == state.represented == state.chosen
         assert state.agreement.mean == pytest.approx(0.5, abs=0.1)
 
 

@@ -86,7 +86,8 @@ def test_nobody_is_stood_for_twice_or_not_at_all_nor_by_another_version(
         assert len(sample) <= most
         now, ever = sample.of_version(), sample.since_start()
         assert (now.chosen, ever.chosen) == (added, added + late)
-        assert now.images <= now.chosen
+        assert now.images <= now.represented <= now.chosen
+        assert ever.represented == counted["all"]
     assert counted == {"all": added + late, "of version": added}
 
 

@@ -404,6 +404,9 @@ class TestBudget:
             assert (audit["images"], audit["agreement"]) == (0, {"mean": None, "low": None, "high": None})
             assert (audit["chosen"], audit["audited_ratio"]) == (0, None)
             assert audit["since_start"] == {name: body["audit"][name] for name in audit["since_start"]}
+            told = commands._describe_budget((await served.http.get("/budget")).json())
+            assert "audited  " not in told
+            assert "all budgets 1 images for 1 of 1 chosen requests, agreement with the last exit 0" in told
 
     async def test_who_always_sends_the_same_id_is_audited_as_often_as_others(self, serve: Any, photo: Photo) -> None:
         async with serve(audit_fraction=0.5) as served:
