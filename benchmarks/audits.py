@@ -64,8 +64,8 @@ SWAP_LOADS = (0.9, 1.0)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each run (default %(default)s)")
-    parser.add_argument("--runs", type=int, default=100, help="for the share of right intervals (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each run (default %(default)s)")
+    parser.add_argument("--runs", type=int, default=60, help="for the share of right intervals (default %(default)s)")
     parser.add_argument("--swap-every", type=float, default=2.0, help="seconds (default %(default)s)")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder for the .json")
     options = parser.parse_args(arguments)
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 # --- the ways to audit ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chosen:
     """One request that was chosen."""
 

@@ -218,9 +218,9 @@ class Metrics:
         self._represented.inc(stands_for)
         self._represented_disagreements.inc((1 - agreement) * stands_for)
 
-    def audit_dropped(self, reason: str) -> None:
-        """`reason`: "full" (too many are pending, another one stands for it) or "engine_failed"."""
-        self._audits_dropped_children[reason].inc()
+    def audit_dropped(self, reason: str, audits: int = 1) -> None:
+        """`reason`: "full" (too many are pending, others stand for them) or "engine_failed"."""
+        self._audits_dropped_children[reason].inc(audits)
 
     # What is read when Prometheus asks
 

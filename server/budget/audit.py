@@ -104,8 +104,7 @@ class Auditor:
         result = answer.results[at]
         audit = _Audit(_class_of(result), pixels[at] if result.exit < self._exits else None)
         self._metrics.audit_chosen()
-        if self._sample.add(audit, answer.point.version):
-            self._metrics.audit_dropped("full")
+        self._metrics.audit_dropped("full", self._sample.add(audit, answer.point.version))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._ended)

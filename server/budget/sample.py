@@ -6,7 +6,7 @@ cheaper exits, by deadlines. So nothing is dropped without somebody to stand for
 
 - Everything in the sample stands for some chosen requests, of which it is a uniform draw; at first for itself.
 - Where there is one too many, two neighbours are merged: one of them, by a lot in proportion to what they stand for,
-  stays and stands for both. The two that stand for the fewest go first, so that all of what waits is thinned evenly.
+  stays and stands for both. Those that stand for the fewest go first, so that all of what waits is thinned evenly.
 - What is taken out, in order, is counted with the weight of what it stands for. The weights of all that was counted add
   up to the number of the chosen requests that they speak of, no more and no less.
 
@@ -20,6 +20,7 @@ judged by another version counts for the second alone, and is merged only with i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Generic, TypeVar
@@ -71,7 +72,7 @@ class Sample(Generic[T]):
     """Owns the chosen requests that wait, at most `most` of them, and what was found out of the others."""
 
     def __init__(self, most: int, version: int, lots: Random) -> None:
-        """`most`: at least 2. `version`: of the budget in force."""
+        """`most`: at least 2, so that of those and a newcomer two are alike. `version`: of the budget in force."""
         self._most = most
         self._lots = lots
         self._version = version
@@ -82,17 +83,14 @@ class Sample(Generic[T]):
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, item: T, version: int) -> bool:
-        """A request is chosen, and was judged by this version. True where one of those that wait made room for it, or
-        for which it made room: another one stands for it."""
+    def add(self, item: T, version: int) -> int:
+        """A request is chosen, and was judged by this version. Gives how many of the sample made room: others stand for
+        them from now on."""
         self._since_start.chosen += 1
         if version == self._version:
             self._of_version.chosen += 1
         self._waiting.append(Kept(item, version))
-        if len(self._waiting) <= self._most:
-            return False
-        self._merge(*self._pair())
-        return True
+        return self._thin() if len(self._waiting) > self._most else 0
 
     def take(self) -> Kept[T] | None:
         """The next one to be audited. It will be merged no more."""
@@ -121,23 +119,33 @@ class Sample(Generic[T]):
     def clear(self) -> None:
         self._waiting.clear()
 
-    def _pair(self) -> tuple[int, int]:
-        """Neighbours among their like that together stand for the fewest; of equal ones the earliest."""
+    def _thin(self) -> int:
+        """Merge the pairs that stand for the fewest, of equal ones the earlier, until there is some room: a sixteenth,
+        so that not every newcomer costs a look at all."""
+        gone: set[int] = set()
+        merged: set[int] = set()
+        for _, first, second in sorted(self._pairs()):
+            if first not in merged and second not in merged:
+                self._merge(first, second)
+                merged |= {first, second}
+                gone.add(second)
+                if len(gone) * 16 >= self._most:
+                    break
+        self._waiting = [kept for at, kept in enumerate(self._waiting) if at not in gone]
+        return len(gone)
+
+    def _pairs(self) -> Iterator[tuple[int, int, int]]:
+        """Neighbours among their like: what they stand for together, the place of the first, of the second."""
         before: dict[bool, int] = {}
-        fewest, pair = 0, None
         for at, kept in enumerate(self._waiting):
             current = kept.version == self._version
             if (other := before.get(current)) is not None:
-                together = self._waiting[other].stands_for + kept.stands_for
-                if pair is None or together < fewest:
-                    fewest, pair = together, (other, at)
+                yield self._waiting[other].stands_for + kept.stands_for, other, at
             before[current] = at
-        assert pair is not None  # of three, two are alike
-        return pair
 
     def _merge(self, first: int, second: int) -> None:
         """The place of the first is that of both."""
-        one, other = self._waiting[first], self._waiting.pop(second)
+        one, other = self._waiting[first], self._waiting[second]
         together = one.stands_for + other.stands_for
         survivor = one if self._lots.randrange(together) < one.stands_for else other
         survivor.stands_for = together

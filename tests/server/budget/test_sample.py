@@ -27,18 +27,29 @@ def sample_of(most: int, seed: int = 0) -> Sample[int]:
 
 def test_as_long_as_there_is_room_each_stands_for_itself_in_order() -> None:
     sample = sample_of(4)
-    assert not any(sample.add(item, 1) for item in range(4))
+    assert [sample.add(item, 1) for item in range(4)] == [0] * 4
     assert drained(sample) == [(0, 1), (1, 1), (2, 1), (3, 1)]
 
 
 def test_what_has_no_room_is_stood_for_and_all_of_what_waits_is_thinned_evenly() -> None:
     sample = sample_of(16)
     added = [sample.add(item, 1) for item in range(1000)]
-    assert added == [False] * 16 + [True] * 984
+    assert added == [0] * 16 + [1] * 984
     found = drained(sample)
     assert sum(stands_for for _, stands_for in found) == 1000
     assert max(stands_for for _, stands_for in found) <= 4 * min(stands_for for _, stands_for in found)
     assert [item for item, _ in found] == sorted(item for item, _ in found)
+
+
+def test_where_there_is_no_room_some_is_made_at_once() -> None:
+    """Not every newcomer is to cost a look at all that wait."""
+    sample = sample_of(256)
+    added = [sample.add(item, 1) for item in range(10_000)]
+    assert {made for made in added if made} == {16}
+    assert len(sample) == 10_000 - sum(added)
+    weights = sorted(stands_for for _, stands_for in drained(sample))
+    assert sum(weights) == 10_000
+    assert weights[-1] <= 4 * weights[len(weights) // 6], "but for the newest, all of what waits is thinned evenly"
 
 
 def test_each_is_a_uniform_draw_of_those_that_it_stands_for() -> None:
