@@ -772,7 +772,7 @@ class TestHangUps:
     async def test_a_client_that_leaves_while_it_waits_costs_nothing_further(
         self, serve: Any, engine: FakeEngine, photo: Photo
     ) -> None:
-        async with serve() as served:
+        async with serve(audit_fraction=1) as served:
             engine.gates[2].clear()
             left = asyncio.Event()
             sent: list[Any] = []
@@ -802,6 +802,7 @@ class TestHangUps:
             assert not served.service.intake.requests
             assert await served.metric("dvt_requests_total", route="/classify", status="499") == 1
             assert await served.metric("dvt_images_abandoned_total", reason="disconnect") == 1
+            assert served.service.audit.state().chosen == 0, "there was no answer"
             engine.open_gates()
             await served.service.drain(1.0)
         assert engine.slots_in_use == 0
