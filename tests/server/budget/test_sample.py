@@ -106,7 +106,7 @@ def test_nobody_is_stood_for_twice_or_not_at_all_nor_by_another_version(
 def test_the_truth_is_enclosed_at_every_look_however_the_load_goes(slow: int) -> None:
     """A busy half, whose answers are worse and of which one in `slow` can be audited, and a quiet one."""
     missed = 0
-    for seed in range(40):
+    for seed in range(24):
         lots = random.Random(seed)
         sample: Sample[float] = Sample(16, 1, lots)
         means, spoken, covered, at, whole = [], 0.0, 0, 0, True
@@ -127,4 +127,4 @@ def test_the_truth_is_enclosed_at_every_look_however_the_load_goes(slow: int) ->
                 assert found.high is not None
                 whole &= found.low <= spoken / covered <= found.high
         missed += not whole
-    assert missed <= 2
+    assert missed <= 1
