@@ -370,6 +370,14 @@ def parse_target(text: str) -> dict[str, Any]:
     return {name: numbers[0]}
 
 
+def _describe_audited(audit: dict[str, Any]) -> str:
+    return (
+        f"{audit['images']} images for {audit['represented']} of {audit['chosen']} chosen requests, "
+        f"agreement with the last exit {_interval(audit['agreement'])}, "
+        f"accuracy gap {_interval(audit['accuracy_gap'])}"
+    )
+
+
 def _describe_budget(state: dict[str, Any]) -> str:
     observed, feasible, audit, drift = (state[name] for name in ("observed", "feasible", "audit", "drift"))
     lines = [f"version     {state['version']}", *_describe_target(state)]
@@ -386,10 +394,9 @@ def _describe_budget(state: dict[str, Any]) -> str:
     else:
         lines.append("observed    no images under this budget yet")
     if audit["images"]:
-        lines.append(
-            f"audited     {audit['images']} images, agreement with the last exit {_interval(audit['agreement'])}, "
-            f"accuracy gap {_interval(audit['accuracy_gap'])}"
-        )
+        lines.append(f"audited     {_describe_audited(audit)}")
+    if (since := audit["since_start"])["chosen"] > audit["chosen"] and since["images"]:
+        lines.append(f"all budgets {_describe_audited(since)}")
     if drift["alarm"]:
         lines.append(f"drift       the traffic is not that of the calibration: {', '.join(drift['reasons'])}")
     lines.append(f"feasible    {_spans(feasible)}")

@@ -44,7 +44,7 @@ class OperatingPoint:
     mix: Mix | None = None
 
     def thresholds_for(self, place: float) -> tuple[float, ...]:
-        """The thresholds that judge a whole request. `place`, in [0, 1), is a hash of its id: a retry is judged alike,
+        """The thresholds that judge a whole request. `place`, in [0, 1), follows from its id: a retry is judged alike,
         and where a share moves a little, few requests change sides."""
         return self.thresholds if self.mix is None or place >= self.mix.share else self.mix.thresholds
 

@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 from server.core import ImageResult
 
 if TYPE_CHECKING:
+    from server.budget.audit import AuditState
     from server.budget.confidence_sequence import Interval
     from server.budget.controller import BudgetState
     from server.budget.drift import DriftState
@@ -39,7 +40,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time be
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 REASONS = ("disconnect", "deadline", "overloaded", "engine_failed", "shutdown")  # of Observer.image_abandoned
-AUDIT_REASONS = ("full", "outdated", "engine_failed")  # of Metrics.audit_dropped
+AUDIT_REASONS = ("full", "engine_failed")  # of Metrics.audit_dropped
 
 # From a tenth of a millisecond (a queue that is empty) to the largest sensible deadline.
 SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -112,6 +113,9 @@ class Metrics:
             ["stage"],
             registry=self.registry,
         )
+        self._audits_chosen = Counter(
+            "dvt_audits_chosen", "Requests chosen for an audit, with one image of each.", registry=self.registry
+        )
         self._audited = Counter(
             "dvt_audited_images", "Images whose answer was held against the last exit's.", registry=self.registry
         )
@@ -120,9 +124,17 @@ class Metrics:
             "Of those: the last exit gave another class.",
             registry=self.registry,
         )
+        self._represented = Counter(
+            "dvt_audit_represented", "Chosen requests that the audited images stand for.", registry=self.registry
+        )
+        self._represented_disagreements = Counter(
+            "dvt_audit_represented_disagreements",
+            "Of those: stood for by an image to which the last exit gave another class.",
+            registry=self.registry,
+        )
         audits_dropped = Counter(
             "dvt_audits_dropped",
-            "Images chosen for an audit and not audited.",
+            "Chosen for an audit and not audited.",
             ["reason"],
             registry=self.registry,
         )
@@ -196,13 +208,19 @@ class Metrics:
 
     # What the auditor tells
 
-    def audited(self, images: int, disagreements: int) -> None:
-        self._audited.inc(images)
-        self._audit_disagreements.inc(disagreements)
+    def audit_chosen(self) -> None:
+        self._audits_chosen.inc()
 
-    def audit_dropped(self, reason: str, images: int) -> None:
-        """`reason`: "full" (too many are pending), "outdated" (the budget has changed) or "engine_failed"."""
-        self._audits_dropped_children[reason].inc(images)
+    def audited(self, agreement: float, stands_for: int) -> None:
+        """One image, for so many chosen requests."""
+        self._audited.inc()
+        self._audit_disagreements.inc(1 - agreement)
+        self._represented.inc(stands_for)
+        self._represented_disagreements.inc((1 - agreement) * stands_for)
+
+    def audit_dropped(self, reason: str, audits: int = 1) -> None:
+        """`reason`: "full" (too many are pending, others stand for them) or "engine_failed"."""
+        self._audits_dropped_children[reason].inc(audits)
 
     # What is read when Prometheus asks
 
@@ -221,9 +239,7 @@ class Metrics:
         profile: Callable[[], LiveProfile | None],
         kappa: Callable[[], float],
         arrival_rate: Callable[[], float],
-        audits_pending: Callable[[], int],
-        agreement: Callable[[], Interval],
-        accuracy_gap: Callable[[], Interval],
+        audit: Callable[[], AuditState],
         drift: Callable[[], DriftState],
     ) -> None:
         """Say where the live figures are to be read. Called once, when the parts have been built."""
@@ -240,9 +256,7 @@ class Metrics:
             "profile": profile,
             "kappa": kappa,
             "arrival_rate": arrival_rate,
-            "audits_pending": audits_pending,
-            "agreement": agreement,
-            "accuracy_gap": accuracy_gap,
+            "audit": audit,
             "drift": drift,
         }
 
@@ -271,6 +285,7 @@ class _Live(Collector):
 
         budget: BudgetState | None = now.get("budget")
         profile: LiveProfile | None = now.get("profile")
+        audit: AuditState | None = now.get("audit")
         drift: DriftState | None = now.get("drift")
         stages = profile.stages if profile else ()
         yield from _of_budget(budget)
@@ -304,13 +319,13 @@ class _Live(Collector):
                 "dvt_audit_agreement",
                 "Share of images to which the last exit gives the class that was answered: estimate and bounds.",
                 "bound",
-                _bounds(now.get("agreement")),
+                _bounds(audit.agreement if audit else None),
             ),
             (
                 "dvt_audit_accuracy_gap",
                 "What leaving early costs in accuracy: estimate and bounds.",
                 "bound",
-                _bounds(now.get("accuracy_gap")),
+                _bounds(audit.accuracy_gap if audit else None),
             ),
             (
                 "dvt_drift_z",
@@ -331,7 +346,16 @@ class _Live(Collector):
             ("dvt_connections", "Connections open.", now.get("connections")),
             ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),
             ("dvt_held_bytes", "Bytes of request bodies in memory.", now.get("held_bytes")),
-            ("dvt_audits_pending", "Images of answered requests that wait to be audited.", now.get("audits_pending")),
+            (
+                "dvt_audits_pending",
+                "Images of answered requests that wait to be audited.",
+                audit.pending if audit else None,
+            ),
+            (
+                "dvt_audit_ratio",
+                "Audited, of the requests that were chosen under this budget.",
+                audit.audited_ratio if audit else None,
+            ),
             (
                 "dvt_drift_psi",
                 "Population stability index of confidence at exit 1 against the calibration images.",

@@ -24,6 +24,7 @@ from server.budget.control import Machine
 from server.budget.controller import BudgetController, BudgetState
 from server.budget.drift import Drift
 from server.budget.loops import Brownout
+from server.budget.places import Places
 from server.budget.store import FileStore, MemoryStore, PolicyStore, StateInUse
 from server.bundle.frontier import FrontierRow, with_ms
 from server.bundle.manifest import Bundle
@@ -111,6 +112,7 @@ class Service:
             exits=self.exits,
             version=self.budget.point.version,
         )
+        self.places = Places()
         self.drift = Drift(
             bundle.frontier.records,
             bundle.frontier.samples,
@@ -155,9 +157,7 @@ class Service:
             profile=lambda: self.machine.profile,
             kappa=lambda: self.machine.kappa,
             arrival_rate=lambda: self.machine.burst.value,
-            audits_pending=lambda: self.audit.state().pending,
-            agreement=lambda: self.audit.state().agreement,
-            accuracy_gap=lambda: self.audit.state().accuracy_gap,
+            audit=self.audit.state,
             drift=self.drift.state,
         )
         # What does not change is written once.

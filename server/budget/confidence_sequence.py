@@ -1,10 +1,13 @@
-"""A mean with an interval that may be looked at whenever one likes. Only numbers here.
+"""A weighted mean with an interval that may be looked at whenever one likes. Only numbers here.
 
 An ordinary 95 % interval holds at one sample size fixed in advance; who watches it and acts when it looks convincing is
 wrong far more often. A confidence sequence holds at all times at once.
 
-The predictable plug-in empirical-Bernstein sequence of Waudby-Smith and Ramdas ("Estimating means of bounded random
-variables by betting", 2020, theorem 2): no assumption but the range, and narrow where the observations vary little.
+The empirical-Bernstein sequence of Waudby-Smith and Ramdas ("Estimating means of bounded random variables by betting",
+2020, theorem 2): no assumption but the range, and narrow where the observations vary little. Their stake on each
+observation is tuned as observations come, so that what is enclosed is an average by stakes. Here observations have
+weights of their own, and what is to be enclosed is the average by those. So every stake is a fixed rate times the
+weight, for several rates at once, each with its share of the error; the one that is narrowest at the moment speaks.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_MAX_WEIGHT = 0.5  # c of the theorem; below 1
+# 1/2, 1/4 ...: a rate is best at some amount of evidence, and as good as useless where its stakes would pass 1.
+_RATES = tuple(2.0**-step for step in range(1, 41))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,41 +29,46 @@ class Interval:
 
 
 class ConfidenceSequence:
-    """Observations in [0, 1], each of the same mean given those before it. O(1) per observation and in memory.
+    """Observations in [0, 1], with weights above 0 that are known before the observation is. O(1) in time and memory.
 
-    Where the mean changes on the way, what is enclosed is its average over the observations, weighted as `mean` is;
-    therefore the intervals of earlier times are not intersected, although a constant mean would allow it.
+    What is enclosed is the average, by weights, of what each observation was expected to be given those before it. It
+    may change on the way; therefore the intervals of earlier times are not intersected, although a constant mean would
+    allow it. The sum of the weights may jump: one observation of a weight that dwarfs all others leaves little known.
     """
 
     def __init__(self, confidence: float = 0.95) -> None:
         """Raises ValueError for a confidence outside of (0, 1)."""
         if not 0 < confidence < 1:
             raise ValueError(f"confidence lies between 0 and 1, both excluded, not {confidence!r}")
-        self._log = math.log(2 / (1 - confidence))
+        # The shares of the error, 1 / (step (step + 1)), add up to less than 1.
+        self._logs = [math.log(2 * step * (step + 1) / (1 - confidence)) for step in range(1, len(_RATES) + 1)]
+        self._penalties = [0.0] * len(_RATES)
         self.count = 0
         self._sum = 0.0
-        self._squares = 0.0  # sum of (x - mean so far)^2
         self._weights = 0.0
         self._weighted = 0.0  # sum of weight * x
-        self._penalty = 0.0
 
-    def observe(self, x: float) -> None:
-        """Raises ValueError for what is not in [0, 1]."""
+    def observe(self, x: float, weight: float = 1.0) -> None:
+        """Raises ValueError for an x outside of [0, 1] and for a weight that is not above 0 and finite."""
         if not 0 <= x <= 1:
             raise ValueError(f"{x!r} is not between 0 and 1")
-        # Mean and variance of what came before, with half an observation's worth of prior: a weight may not know x.
-        before = (0.5 + self._sum) / (self.count + 1)
-        variance = (0.25 + self._squares) / (self.count + 1)
+        if not 0 < weight < math.inf:
+            raise ValueError(f"a weight is above 0 and finite, not {weight!r}")
+        before = (0.5 + self._sum) / (self.count + 1)  # may not know x; with one observation's worth of prior
+        surprise = (x - before) ** 2
+        for step, rate in enumerate(_RATES):
+            stake = rate * weight
+            self._penalties[step] += surprise * (-math.log1p(-stake) - stake) if stake < 1 else math.inf
         self.count += 1
-        weight = min(_MAX_WEIGHT, math.sqrt(2 * self._log / (variance * self.count * math.log1p(self.count))))
+        self._sum += x
         self._weights += weight
         self._weighted += weight * x
-        self._penalty += (x - before) ** 2 * (-math.log1p(-weight) - weight)
-        self._sum += x
-        self._squares += (x - (0.5 + self._sum) / (self.count + 1)) ** 2
 
     def interval(self) -> Interval:
         if not self.count:
             return Interval(None, None, None)
-        mean, radius = self._weighted / self._weights, (self._log + self._penalty) / self._weights
+        radius = min(
+            (log + penalty) / rate for log, penalty, rate in zip(self._logs, self._penalties, _RATES, strict=True)
+        )
+        mean, radius = self._weighted / self._weights, radius / self._weights
         return Interval(round(mean, 6), round(max(0.0, mean - radius), 6), round(min(1.0, mean + radius), 6))

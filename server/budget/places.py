@@ -1,14 +1,22 @@
-"""A request's place, by which it is chosen for this or that: a hash of its id, as a number in [0, 1).
+"""A request's place, by which a mixed operating point judges it: a keyed hash of its id, as a number in [0, 1).
 
-The same on every replica and for every retry under the same id. Choices for different purposes are independent.
+The same for every retry under the same id, as long as the process lives. The key is made with the process and known to
+nobody: from an id alone no client can tell on which side it will fall, nor send ids that all fall on the dearer one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 
 
-def place_of(request_id: str, purpose: str) -> float:
-    """`purpose`: at most 16 letters."""
-    digest = hashlib.blake2b(request_id.encode(), digest_size=6, salt=purpose.encode()).digest()
-    return int.from_bytes(digest) / 2**48
+class Places:
+    """Owns the key."""
+
+    def __init__(self, key: bytes | None = None) -> None:
+        """`key`: by default one that nobody knows."""
+        self._key = secrets.token_bytes(16) if key is None else key
+
+    def of(self, request_id: str) -> float:
+        digest = hashlib.blake2b(request_id.encode(), digest_size=6, key=self._key).digest()
+        return int.from_bytes(digest) / 2**48

@@ -24,7 +24,6 @@ from starlette.types import Receive, Scope, Send
 
 from server import metrics
 from server.budget.controller import TARGETS, BudgetState
-from server.budget.places import place_of
 from server.budget.preview import preview
 from server.cascade.scheduler import HIGH, LOW, NORMAL, Priority
 from server.core import Answer, ImageResult, Pixels
@@ -143,17 +142,16 @@ async def classify(request: Request) -> Response:
                 max_exit=ask.max_exit,
                 min_confidence=ask.min_confidence,
                 priority=ask.priority,
-                place=place_of(request_id, "mix"),
+                place=service.places.of(request_id),
             )
     decode_s, total_s = decoded - arrived, clock() - arrived
     # When the answer is on its way, not before.
-    asyncio.get_running_loop().call_soon(_record, service, request_id, pixels, answer, decode_s, total_s, ask.steered)
+    asyncio.get_running_loop().call_soon(_record, service, pixels, answer, decode_s, total_s, ask.steered)
     return json_response(shape_answer(service, answer, ask.top_k, decode_s, total_s))
 
 
 def _record(
     service: Service,
-    request_id: str,
     pixels: Sequence[Pixels],
     answer: Answer,
     decode_s: float,
@@ -165,7 +163,7 @@ def _record(
     service.drift.observe(answer, steered)
     service.budget.observe(answer, total_s, steered)
     if not steered:
-        service.audit.offer(request_id, pixels, answer)
+        service.audit.offer(pixels, answer)
 
 
 def shape_answer(service: Service, answer: Answer, top_k: int, decode_s: float, total_s: float) -> dict[str, Any]:

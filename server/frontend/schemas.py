@@ -103,17 +103,26 @@ class Interval(_Model):
     high: float | None
 
 
-class Audit(_Model):
-    """What the last exit says of the answers: a share of the requests is completed behind their answer."""
+class Audited(_Model):
+    """What audits say of some answers."""
 
-    images: int = Field(description="Audited under this budget.")
-    pending: int = Field(description="Images of requests that are chosen and not yet audited.")
+    chosen: int = Field(description="Requests that were chosen, with one image of each.")
+    images: int = Field(description="That were audited.")
+    represented: int = Field(description="Of `chosen`: the requests that these stand for. The others wait, or failed.")
+    audited_ratio: float | None = Field(description="`images` of `chosen`; null before the first.")
     agreement: Interval = Field(description="Share to which the last exit gives the class that was answered.")
     accuracy_gap: Interval = Field(
         description="How much less probable the last exit finds the class that was answered than its own: the accuracy "
         "that leaving early costs, where the last exit is calibrated."
     )
+
+
+class Audit(Audited):
+    """What the last exit says of the answers under this budget: a share of the requests is completed behind them."""
+
+    pending: int = Field(description="Images of chosen requests, under whatever budget, that wait to be audited.")
     confidence: float = Field(description="Of each interval, at all times at once.")
+    since_start: Audited = Field(description="The same over all budgets since the process started.")
 
 
 class Drift(_Model):
@@ -175,8 +184,8 @@ class _Held(_Model):
 class GmacsBudget(_Held, GmacsTarget):
     mix: bool = Field(
         False,
-        description="Meet the cost exactly, by two sets of thresholds; a hash of its `X-Request-ID` decides which one "
-        "judges a request.",
+        description="Meet the cost exactly, by two sets of thresholds; which one judges a request follows from "
+        "its `X-Request-ID`, by a key that only the process knows.",
     )
 
 

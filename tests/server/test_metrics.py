@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.budget.audit import AuditState
 from server.budget.confidence_sequence import Interval
 from server.budget.controller import BudgetState, Feasible, Observed, Prediction, Quantiles
 from server.budget.drift import DriftState
 from server.budget.loops import KAPPA
+from server.budget.sample import Estimate
 from server.bundle.profile import LatencyProfile, LiveProfile
 from server.core import ImageResult, Mix
 from server.metrics import Metrics
@@ -34,6 +36,7 @@ def result(exit_: int, degraded: bool = False) -> ImageResult:
     )
 
 
+UNSAID = Interval(None, None, None)
 UNKNOWN = Observed(0, None, None, Quantiles(None, None))
 
 
@@ -105,9 +108,17 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
         profile=lambda: LiveProfile(LatencyProfile.lines([0.001, 0.0, 0.0], [0.002, 0.003, 0.004])),
         kappa=lambda: 1.5,
         arrival_rate=lambda: 12.5,
-        audits_pending=lambda: 5,
-        agreement=lambda: Interval(0.97, 0.9, 1.0),
-        accuracy_gap=lambda: Interval(0.01, 0.004, 0.02),
+        audit=lambda: AuditState(
+            images=2,
+            chosen=8,
+            represented=7,
+            audited_ratio=0.25,
+            pending=5,
+            agreement=Interval(0.97, 0.9, 1.0),
+            accuracy_gap=Interval(0.01, 0.004, 0.02),
+            confidence=0.95,
+            since_start=Estimate(8, 2, 7, 0.25, UNSAID, UNSAID),
+        ),
         drift=lambda: DriftState(9000, 0.25, (4.5, -1.0, 0.0), True, ("psi", "exit_fractions")),
     )
     slots = 3
@@ -132,7 +143,7 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
     assert value(metrics, "dvt_stalled_threads", threads="decode") == 0
     assert value(metrics, "dvt_profile_fixed_seconds", stage="1") == pytest.approx(0.001)
     assert value(metrics, "dvt_profile_image_seconds", stage="3") == pytest.approx(0.004)
-    assert value(metrics, "dvt_audits_pending") == 5
+    assert (value(metrics, "dvt_audits_pending"), value(metrics, "dvt_audit_ratio")) == (5, 0.25)
     assert [value(metrics, "dvt_audit_agreement", bound=b) for b in ("mean", "low", "high")] == [0.97, 0.9, 1.0]
     assert [value(metrics, "dvt_audit_accuracy_gap", bound=b) for b in ("mean", "low", "high")] == [0.01, 0.004, 0.02]
     assert (value(metrics, "dvt_drift_psi"), value(metrics, "dvt_drift_alarm")) == (0.25, 1)
@@ -153,14 +164,12 @@ def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
         profile=lambda: None,
         kappa=lambda: 1.17,
         arrival_rate=lambda: 0.0,
-        audits_pending=lambda: 0,
-        agreement=lambda: Interval(None, None, None),
-        accuracy_gap=lambda: Interval(None, None, None),
+        audit=lambda: AuditState(0, 0, 0, None, 0, UNSAID, UNSAID, 0.95, Estimate(0, 0, 0, None, UNSAID, UNSAID)),
         drift=lambda: DriftState(0, None, None, False, ()),
     )
     with_samples = {family.name for family in metrics.registry.collect() if family.samples}
     assert not with_samples & {
-        "dvt_audit_agreement", "dvt_budget_target", "dvt_budget_row", "dvt_budget_observed_gmacs",
+        "dvt_audit_agreement", "dvt_audit_ratio", "dvt_budget_target", "dvt_budget_row", "dvt_budget_observed_gmacs",
         "dvt_budget_observed_exit_ratio", "dvt_budget_observed_latency_seconds", "dvt_mix_threshold", "dvt_mix_share",
         "dvt_latency_kappa",
     }  # fmt: skip
@@ -171,12 +180,18 @@ def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
     assert value(metrics, "dvt_drift_alarm") == 0
 
 
-def test_audits_are_counted_by_image(metrics: Metrics) -> None:
-    metrics.audited(8, 3)
-    metrics.audit_dropped("full", 64)
-    assert value(metrics, "dvt_audited_images_total") == 8
-    assert value(metrics, "dvt_audit_disagreements_total") == 3
-    assert value(metrics, "dvt_audits_dropped_total", reason="full") == 64
+def test_audits_are_counted_as_images_and_as_what_they_stand_for(metrics: Metrics) -> None:
+    for _ in range(8):
+        metrics.audit_chosen()
+    metrics.audit_dropped("full")
+    metrics.audited(agreement=1.0, stands_for=1)
+    metrics.audited(agreement=0.0, stands_for=5)
+    assert value(metrics, "dvt_audits_chosen_total") == 8
+    assert value(metrics, "dvt_audited_images_total") == 2
+    assert value(metrics, "dvt_audit_disagreements_total") == 1
+    assert value(metrics, "dvt_audit_represented_total") == 6
+    assert value(metrics, "dvt_audit_represented_disagreements_total") == 5
+    assert value(metrics, "dvt_audits_dropped_total", reason="full") == 1
 
 
 def test_the_text_is_what_prometheus_parses_and_every_metric_is_explained(metrics: Metrics) -> None:
@@ -271,6 +286,8 @@ class TestTheLiveBudget:
             for name, interval in (("agreement", audit["agreement"]), ("accuracy_gap", audit["accuracy_gap"])):
                 assert of(samples, f"dvt_audit_{name}") == {(bound,): limit for bound, limit in interval.items()}
             assert 0 < samples["dvt_audit_agreement", "mean"] < 1
+            assert samples["dvt_audits_chosen_total",] == samples["dvt_audit_represented_total",] == 3
+            assert samples["dvt_audit_ratio",] == audit["audited_ratio"] == 1
 
     async def test_kappa_is_what_latency_budgets_reckon_with(self, serve: Any, served: Any) -> None:
         assert of(await scrape(served), "dvt_latency_kappa") == {}, "without a profile nobody reckons with it"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -72,6 +74,58 @@ def test_the_estimate_lies_in_its_interval_and_the_interval_in_the_range(xs: lis
         assert 0 <= found.low <= found.mean <= found.high <= 1
         assert min(xs[:n]) - 1e-6 <= found.mean <= max(xs[:n]) + 1e-6
         assert sequence.count == n
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 30.0), (1.0, 1000.0)])
+def test_the_average_by_weights_is_enclosed_at_every_time_where_the_mean_goes_with_the_weight(
+    weights: tuple[float, float],
+) -> None:
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(60):
+        sequence, total, of_means, right = ConfidenceSequence(0.8), 0.0, 0.0, True
+        for n in range(300):
+            heavy = n // 20 % 2
+            mean, weight = (0.9, 0.6)[heavy], weights[heavy]
+            sequence.observe(float(rng.random() < mean), weight)
+            total, of_means = total + weight, of_means + weight * mean
+            found = sequence.interval()
+            assert found.low is not None
+            assert found.high is not None
+            right &= found.low <= of_means / total <= found.high
+        missed += not right
+    assert missed <= 12
+
+
+def test_one_observation_that_outweighs_all_others_leaves_little_known() -> None:
+    sequence = ConfidenceSequence()
+    for _ in range(1000):
+        sequence.observe(1.0)
+    low = sequence.interval().low
+    assert low is not None
+    assert low > 0.99
+    sequence.observe(1.0, weight=1e6)
+    assert sequence.interval() == Interval(1.0, 0.0, 1.0)
+    sequence.observe(1.0, weight=1e300)
+    assert sequence.interval() == Interval(1.0, 0.0, 1.0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(1, 1e15)), min_size=1, max_size=60))
+def test_whatever_the_weights_the_interval_is_one(observations: list[tuple[float, float]]) -> None:
+    sequence = ConfidenceSequence()
+    for x, weight in observations:
+        sequence.observe(x, weight)
+        found = sequence.interval()
+        assert found.low is not None
+        assert found.mean is not None
+        assert found.high is not None
+        assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
+def test_a_weight_is_above_0_and_finite(weight: float) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        ConfidenceSequence().observe(0.5, weight)
 
 
 @pytest.mark.parametrize("x", [-0.1, 1.1, float("nan")])

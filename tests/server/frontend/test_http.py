@@ -19,7 +19,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from server import commands
 from server.app import create_app
 from server.budget.drift import ENOUGH
-from server.budget.places import place_of
 from server.bundle.manifest import Bundle
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
@@ -403,6 +402,19 @@ class TestBudget:
             assert await served.metric("dvt_audit_accuracy_gap", bound="mean") == body["audit"]["accuracy_gap"]["mean"]
             audit = (await served.http.put("/budget", json={"gmacs": 0.03})).json()["audit"]
             assert (audit["images"], audit["agreement"]) == (0, {"mean": None, "low": None, "high": None})
+            assert (audit["chosen"], audit["audited_ratio"]) == (0, None)
+            assert audit["since_start"] == {name: body["audit"][name] for name in audit["since_start"]}
+            told = commands._describe_budget((await served.http.get("/budget")).json())
+            assert "audited  " not in told
+            assert "all budgets 1 images for 1 of 1 chosen requests, agreement with the last exit 0" in told
+
+    async def test_who_always_sends_the_same_id_is_audited_as_often_as_others(self, serve: Any, photo: Photo) -> None:
+        async with serve(audit_fraction=0.5) as served:
+            for headers in [{"x-request-id": "mine"}] * 60:
+                await served.classify(photo(SURE), headers=headers)
+            await audits_done(served)
+            audit = (await served.http.get("/budget")).json()["audit"]
+            assert 5 < audit["chosen"] == audit["images"] < 55
 
     async def test_an_audit_does_not_hold_up_the_end(self, serve: Any, engine: FakeEngine, photo: Photo) -> None:
         async with serve(audit_fraction=1) as served:
@@ -510,7 +522,7 @@ class TestBudget:
                 answer = (await served.classify(in_json(image, image), "application/json", headers=headers)).json()
                 exits = {result["exit"] for result in answer["results"]}
                 assert len(exits) == 1, "two images of one request"
-                leaves[place_of(f"id-{number}", "mix") < mix["share"]] |= exits
+                leaves[served.service.places.of(f"id-{number}") < mix["share"]] |= exits
         assert leaves == {True: {stage + 2}, False: {stage + 1}}
 
     @pytest.mark.parametrize(
@@ -760,7 +772,7 @@ class TestHangUps:
     async def test_a_client_that_leaves_while_it_waits_costs_nothing_further(
         self, serve: Any, engine: FakeEngine, photo: Photo
     ) -> None:
-        async with serve() as served:
+        async with serve(audit_fraction=1) as served:
             engine.gates[2].clear()
             left = asyncio.Event()
             sent: list[Any] = []
@@ -790,6 +802,7 @@ class TestHangUps:
             assert not served.service.intake.requests
             assert await served.metric("dvt_requests_total", route="/classify", status="499") == 1
             assert await served.metric("dvt_images_abandoned_total", reason="disconnect") == 1
+            assert served.service.audit.state().chosen == 0, "there was no answer"
             engine.open_gates()
             await served.service.drain(1.0)
         assert engine.slots_in_use == 0
