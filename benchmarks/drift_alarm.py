@@ -32,7 +32,7 @@ from server.core import Answer, ImageResult, OperatingPoint
 CORRELATIONS = (0.0, 0.9, 0.98)  # of the difficulty of two images in succession
 COSTS = (0.25, 0.5, 0.75)  # operating points, by their place between the cheapest row and the knee
 CALIBRATION = 5_000  # images: the fewer, the more of what looks like drift is calibration's own error
-POPULATION = 200_000
+POPULATION = 100_000
 STREAMS, STREAM = 20, 100_000  # of a correlation and an operating point, and images of each
 START = 10_000  # images, the first of a stream: a server that begins
 SHIFTS = (0.25, 0.5, 1.0)  # standard deviations of difficulty
@@ -49,14 +49,14 @@ NOTHING = np.zeros(0, np.float32)
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="(default: all)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="number and length of the runs, of the full ones")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder for the .json")
     options = parser.parse_args(arguments)
     options.command = command_line("drift_alarm", sys.argv[1:] if arguments is None else arguments)
     report = Report("drift_alarm", figures={"seed": options.seed, "gmacs": GMACS, "calibration": CALIBRATION})
-    for part in options.parts or PARTS:
+    for part in options.only:
         PARTS[part](report, options)
     return finish(report, options)
 
@@ -77,6 +77,7 @@ class Watched(Steered):
         self.looks: list[tuple[bool, float]] = []  # whether it alarms, and the largest z
         self._judged = 0
         count = self.simulation.on_answer
+        assert count is not None
 
         def observe(answer: Answer, latency: float) -> None:
             self.drift.observe(answer, False)
@@ -118,7 +119,6 @@ def hurried(report: Report, options: Options) -> None:
             rushed = np.random.default_rng(options.seed + 3).random(len(times)) < share
             watched = Watched(frontier, setup, times, rows)
             watched.simulation.deadlines = times + np.where(rushed, HURRIED_S, PATIENT_S)
-            watched.simulation.__post_init__()
             trace = watched.simulation.run()
             figures = found[f"{share:g}/{correlation:g}"] = {
                 "overall": _cost(trace, trace.exit > 0),

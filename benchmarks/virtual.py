@@ -228,7 +228,6 @@ class Simulation:
             seconds=setup.profile.seconds,
             executors=setup.executors,
         )
-        self._deadlines = self.arrivals + setup.deadline_s if self.deadlines is None else self.deadlines
         self.now = 0.0
         self._number: dict[Request, int] = {}  # of the live requests
         self._fate = [int(Fate.IN_FLIGHT)] * images
@@ -284,8 +283,9 @@ class Simulation:
 
     def _admit(self, number: int, now: float) -> None:
         one: Any = number  # what the engine takes for pixels; the scheduler does not look inside
+        deadline = now + self.setup.deadline_s if self.deadlines is None else float(self.deadlines[number])
         try:
-            request = self.scheduler.admit([one], now, deadline=float(self._deadlines[number]))
+            request = self.scheduler.admit([one], now, deadline=deadline)
         except (Overloaded, DeadlineExceeded):
             self._fate[number] = Fate.REFUSED
             self.missed += 1

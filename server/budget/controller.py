@@ -291,12 +291,11 @@ class BudgetController:
             self._control.answered(total_s, max(result.queue_s + result.compute_s for result in answer.results))
         if answer.point.version != self._point.version:
             return
+        # Under a ceiling the loop's row is not in force: what comes says nothing of it.
+        loop = None if steered or self._binding() is not None else self._loop
         for result in answer.results:
             self._window.add(result.exit, total_s)
-            # Under a ceiling the loop's row is not in force: what comes says nothing of it.
-            if self._loop is None or self._binding() is not None or steered:
-                continue
-            if self._loop.observe(result.exit, result.degraded):
+            if loop is not None and loop.observe(result.exit, result.degraded):
                 self._apply()
 
     def tick(self, now: float, load: Load) -> None:
