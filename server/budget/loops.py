@@ -89,11 +89,11 @@ class CostLoop:
 
     What is held is the cost that the thresholds would have without deadlines. Images that are cut short count as far as
     they went (`survival`): it is the dear ones that are, and without them the others would look cheap and be made dear.
-    A block has 256 images that were not, however many were. Of an exit that nobody came to of late, nothing is known
-    but calibration's word on the row in force.
+    Of an exit that nobody came to of late, nothing is known but calibration's word on the row in force.
     """
 
-    BLOCK = 256  # images that leave by a threshold
+    BLOCK = 256  # images, and as many more as it takes until LEAST of them have left by a threshold
+    LEAST = 128
     DEAD_BAND = 0.01
     PROPORTIONAL = 0.3
     INTEGRAL = 0.5  # at half of it a jump of the input by half a sigma puts a window of 10,000 images 4 % off
@@ -119,15 +119,15 @@ class CostLoop:
 
     def _begin_block(self) -> None:
         self._block = ExitCounts(len(self._stage_gmacs))
-        self._left = 0  # images of the block that left by a threshold
+        self._images = self._left = 0  # of the block, and those that left by a threshold
 
     def observe(self, exit: int, cut_short: bool = False) -> bool:
         """Count one image that the thresholds in force judged. `cut_short`: a deadline ended it, after this exit. True
         where `gmacs` has moved."""
         self._block.add(exit, cut_short)
-        if not cut_short:
-            self._left += 1
-        if self._left < self.BLOCK:
+        self._images += 1
+        self._left += not cut_short
+        if self._images < self.BLOCK or self._left < self.LEAST:
             return False
         self._past.fade(1 - self.FILTER)
         self._past.absorb(self._block)
