@@ -6,10 +6,11 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -289,6 +290,33 @@ def test_exits_that_nobody_takes_and_nobody_should_are_no_alarm(frontier: Fronti
     assert watch.row.exit_fractions == (1, 0, 0)
     watch.serve(traffic(1000, 1)[0])
     assert watch.drift.state().z == (0.0, 0.0, 0.0)
+
+
+one = st.tuples(st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3), st.integers(1, 3), st.booleans())
+request = st.tuples(st.lists(one, min_size=1, max_size=3), st.booleans(), st.integers(0, 50))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(one, min_size=1, max_size=3), st.booleans(), st.integers(0, 50)), min_size=1, max_size=9
+    ),
+    st.integers(1, 10**9),
+)
+def test_whatever_comes_it_tells_numbers(
+    frontier: Frontier, requests: list[tuple[list[Any], bool, int]], samples: int
+) -> None:
+    """Over and over: runs of any length, exits that no threshold explains, deadlines at any of them."""
+    watch = Watch(dataclasses.replace(frontier, samples=samples))
+    while len(watch.drift.confidences()) < 3 * ENOUGH:
+        for images, steered, row in requests:
+            watch.move_to(row)
+            results = tuple(answer(watch.point, seen[:exit_], cut).results[0] for seen, exit_, cut in images)
+            watch.drift.observe(Answer(watch.point, results, 0.0), steered)
+    state = watch.drift.state()
+    assert state.psi is not None
+    assert math.isfinite(state.psi)
+    assert state.z is None or all(map(math.isfinite, state.z))
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=200), st.integers(1, 50))
