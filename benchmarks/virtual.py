@@ -211,6 +211,7 @@ class Simulation:
     ticks: Ticks | None = None
     give_up_after: float = math.inf
     point: OperatingPoint | None = None  # by default the setup's thresholds
+    deadlines: NDArray[np.float64] | None = None  # (N,) when, in absolute seconds; by default the setup's
     missed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -242,6 +243,8 @@ class Simulation:
 
     def run(self) -> Trace:
         scheduler, times, horizon = self.scheduler, self.arrivals.tolist(), self.setup.deadline_s
+        if self.deadlines is not None:
+            horizon = float((self.deadlines - self.arrivals).min())
         wake = getattr(self.policy, "wake", None)
         running: list[tuple[float, int, Batch]] = []  # by when they end
         order = count()
@@ -281,8 +284,9 @@ class Simulation:
 
     def _admit(self, number: int, now: float) -> None:
         one: Any = number  # what the engine takes for pixels; the scheduler does not look inside
+        deadline = now + self.setup.deadline_s if self.deadlines is None else float(self.deadlines[number])
         try:
-            request, _ = self.scheduler.admit([one], now, deadline=now + self.setup.deadline_s)
+            request, _ = self.scheduler.admit([one], now, deadline=deadline)
         except (Overloaded, DeadlineExceeded):
             self._fate[number] = Fate.REFUSED
             self.missed += 1

@@ -234,7 +234,6 @@ class BudgetController:
         self._store = store
         self._control = Control(machine) if machine is not None else None
         self._gmacs = [row.gmacs for row in frontier.rows]
-        self._aim = 0.0  # the mean cost that the cost loop was last told to hold
         self._ceiling: int | None = None  # the dearest row that an overload leaves
         self._callbacks = [on_change] if on_change else []
         self._syncing: asyncio.Task[None] | None = None
@@ -285,19 +284,18 @@ class BudgetController:
     def observe(self, answer: Answer, total_s: float, steered: bool) -> None:
         """Count one answered request. `steered`: it brought its own min_confidence or max_exit.
 
-        Steered images, and degraded ones, say nothing of the thresholds in force: the cost loop does not see them.
-        Neither it nor `observed` sees what was judged by a budget before this one.
+        Steered images say nothing of the thresholds in force: the cost loop does not see them. Of degraded ones it sees
+        how far they went. Neither it nor `observed` sees what was judged by a budget before this one.
         """
         if self._control is not None:
             self._control.answered(total_s, max(result.queue_s + result.compute_s for result in answer.results))
         if answer.point.version != self._point.version:
             return
+        # Under a ceiling the loop's row is not in force: what comes says nothing of it.
+        loop = None if steered or self._binding() is not None else self._loop
         for result in answer.results:
             self._window.add(result.exit, total_s)
-            # Under a ceiling the loop's row is not in force: what comes says nothing of it.
-            if self._loop is None or self._binding() is not None or steered or result.degraded:
-                continue
-            if self._loop.observe(self._frontier.stage_gmacs[result.exit - 1]):
+            if loop is not None and loop.observe(result.exit, result.degraded):
                 self._apply()
 
     def tick(self, now: float, load: Load) -> None:
@@ -308,8 +306,8 @@ class BudgetController:
         self._ceiling = None if self._solution.pinned else ceiling
         if row is not None and self._loop is not None:
             gmacs = self._gmacs[row]
-            if abs(gmacs - self._aim) > AIM_BAND * self._aim:  # else the cost loop would never end a block
-                self._aim = gmacs
+            held = self._loop.budget
+            if abs(gmacs - held) > AIM_BAND * held:  # else the cost loop would never end a block
                 self._loop.aim_at(gmacs)
         self._apply()
 
@@ -409,8 +407,7 @@ class BudgetController:
         self._window = _Window(self._frontier.stage_gmacs)
         self._loop: CostLoop | None = None
         if solution.held_gmacs is not None:
-            self._loop = CostLoop(self._gmacs, solution.held_gmacs)
-            self._aim = solution.held_gmacs
+            self._loop = CostLoop(self._frontier.rows, self._frontier.stage_gmacs, solution.held_gmacs)
         if self._control is not None:
             self._control.aim_at(*(solution.latency or (None,)))
         if solution.pinned:

@@ -3,35 +3,40 @@
 Two comparisons, over the last images:
 
 - the histogram of confidence at the first exit, by the population stability index over the deciles of the calibration
-  records. What the first exit says of an image does not depend on thresholds, so this goes on over changes of them;
+  records. What the first exit says of an image does not depend on thresholds, so this goes on over changes of them. Of
+  few images, or of images in runs, chance alone makes any index: it alarms where also the share of images below some
+  decile is off by more than chance allows;
 - where images leave, against what calibration says of the operating points that judged them, each image by its own: the
-  cost loop moves on every few hundred images, and no point alone sees enough. By one two-proportion z per exit.
+  cost loop moves on every few hundred images, and no point alone sees enough. An image that a deadline cut short counts
+  as far as it went (`survival.foretold`).
 
-An image costs three array writes; the sums wait until somebody asks, or ENOUGH images have come. Both need images
-enough to say something. Neither needs labels, and neither says that accuracy has suffered: traffic of easier images
-alarms as well. That is what audits estimate.
+What chance allows, by images in runs and for one who looks for ever, is the business of `change`.
+
+An image costs two array writes; the sums wait until ENOUGH images have come. Neither needs labels, and neither says
+that accuracy has suffered: traffic of easier images alarms as well. That is what audits estimate.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from server.budget.change import BATCH, LOOK, SPAN, Change
+from server.budget.survival import foretold
 from server.bundle.frontier import Records
 from server.core import Answer, Floats, OperatingPoint
 
 log = logging.getLogger(__name__)
 
-WINDOW = 10_000  # images that are looked back upon
-ENOUGH = 500  # images without which nothing is said, and after which it is judged again
+WINDOW = SPAN * BATCH  # images that are looked back upon
+ENOUGH = LOOK * BATCH  # images without which nothing is said, and after which it is judged again
 MAX_PSI = 0.2  # the customary mark of a population that has shifted
-MAX_Z = 4.0
-POINTS = 16  # operating points, the last, whose late answers are counted
+MAX_Z = 5.0
+POINTS = 64  # operating points, the last, whose late answers are counted: under overload twenty come in a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,41 +62,40 @@ class Drift:
     ) -> None:
         """`samples`: images behind `expected`, which gives the exit fractions that calibration predicts for the point
         in force, or None where it cannot. `records`: None where there are none."""
-        self._samples = samples
         self._expected = expected
-        self._known: dict[OperatingPoint, Sequence[float] | None] = {}  # of the last POINTS, the oldest first
-        self._reference: _Histogram | None = None
-        if records is not None and records.correct.size:
-            self._reference = _Histogram(records.confidence[0])
+        self._known: dict[OperatingPoint, NDArray[np.float64] | None] = {}  # of the last POINTS, the oldest first
+        self._histogram: _Histogram | None = None
+        if records is not None and records.confidence.size:  # a single exit has none
+            self._histogram = _Histogram(records.confidence[0])
         self._confidence = np.zeros(WINDOW, dtype=np.float32)
-        self._exits = np.zeros(WINDOW, dtype=np.uint8)
-        self._fractions = np.zeros((WINDOW, len(point.thresholds)))  # what was to be expected of each of these exits
         self._images = 0  # ever
-        self._judged = 0  # of them those whose exits are counted
+        self._exits = _Exits(len(point.thresholds), samples) if samples else None
+        self._judged_at = 0  # how many images there were when the last came whose exit counts
+        self._psi: float | None = None
         self._alarmed = False
         self.retune(point)
 
     def retune(self, point: OperatingPoint) -> None:
         """Another operating point is in force: other fractions are to be expected, of the images to come."""
+        fractions = self._expected()
         self._known.pop(point, None)  # it becomes the newest
-        self._known[point] = self._expected()
+        self._known[point] = None if fractions is None else _residuals(fractions)
         if len(self._known) > POINTS:
             del self._known[next(iter(self._known))]
 
     def observe(self, answer: Answer, steered: bool) -> None:
         """Count an answered request. `steered`: it brought its own min_confidence or max_exit.
 
-        Where such images left, or degraded ones, says nothing of the traffic. Answers that an earlier point still gives
-        do: they are those of the images that went deep, and without them too many would seem to leave early.
+        Where such images left says nothing of the traffic. Answers that an earlier point still gives do: they are those
+        of the images that went deep, and without them too many would seem to leave early.
         """
-        fractions = None if steered else self._known.get(answer.point)
+        residuals = None if steered or self._exits is None else self._known.get(answer.point)
         for result in answer.results:
             self._confidence[self._images % WINDOW] = result.confidences[0]
             self._images += 1
-            if fractions is not None and not result.degraded:
-                self._exits[self._judged % WINDOW] = result.exit
-                self._fractions[self._judged % WINDOW] = fractions
-                self._judged += 1
+            if residuals is not None and self._exits is not None:
+                self._exits.add(residuals[int(result.degraded), result.exit - 1])
+                self._judged_at = self._images
             if self._images % ENOUGH == 0:
                 self._judge()
 
@@ -100,16 +104,25 @@ class Drift:
         return self._confidence[: min(self._images, WINDOW)]
 
     def state(self) -> DriftState:
-        psi, z = self._psi(), self._z()
+        """As it was judged last: to look more often is no other test."""
+        z = None if self._exits is None or self._expected() is None else self._exits.z
         reasons = []
-        if psi is not None and psi > MAX_PSI:
+        if self._psi is not None and self._psi > MAX_PSI and self._histogram is not None and self._histogram.z > MAX_Z:
             reasons.append("psi")
         if z is not None and max(map(abs, z)) > MAX_Z:
             reasons.append("exit_fractions")
-        return DriftState(len(self.confidences()), psi, z, bool(reasons), tuple(reasons))
+        return DriftState(len(self.confidences()), self._psi, z, bool(reasons), tuple(reasons))
 
     def _judge(self) -> None:
-        """Tell the log where an alarm begins and where it ends."""
+        """Look at the sums; tell the log where an alarm begins and where it ends."""
+        if self._histogram is not None:
+            at = (self._images - ENOUGH) % WINDOW
+            self._histogram.add(self._confidence[at : at + ENOUGH])
+            self._psi = round(self._histogram.psi(self.confidences()), 4)
+        if self._exits is not None:
+            if self._images - self._judged_at >= WINDOW:
+                self._exits.forget()
+            self._exits.judge()
         state = self.state()
         if state.alarm and not self._alarmed:
             log.warning(
@@ -122,28 +135,58 @@ class Drift:
             log.info("the traffic looks like the calibration images again")
         self._alarmed = state.alarm
 
-    def _psi(self) -> float | None:
-        window = self.confidences()
-        if self._reference is None or len(window) < ENOUGH:
-            return None
-        return round(self._reference.psi(window), 4)
 
-    def _z(self) -> tuple[float, ...] | None:
-        images = min(self._judged, WINDOW)
-        if images < ENOUGH or self._expected() is None or not self._samples:
-            return None
-        fractions = self._fractions[:images]
-        seen = np.bincount(self._exits[:images], minlength=fractions.shape[1] + 1)[1:] / images
-        shares = zip(seen.tolist(), fractions.mean(axis=0).tolist(), fractions.var(axis=0).tolist(), strict=True)
-        return tuple(round(_two_proportion_z(p, images, q, self._samples, apart), 2) for p, q, apart in shares)
+class _Exits:
+    """Where images leave, less where they should."""
+
+    def __init__(self, exits: int, samples: int) -> None:
+        self._width, self._samples = exits, samples
+        self.z: tuple[float, ...] | None = None  # as judged last
+        self.forget()
+
+    def forget(self) -> None:
+        self._change = Change(self._width, self._samples)
+        self._batch = np.zeros((2, self._width))
+        self._images = 0  # in the batch
+
+    def add(self, residual: NDArray[np.float64]) -> None:
+        """(2, E) of an image: residuals and their squares."""
+        self._batch += residual
+        self._images += 1
+        if self._images == BATCH:
+            self._change.add(self._batch)
+            self._batch[:] = 0
+            self._images = 0
+
+    def judge(self) -> None:
+        found = self._change.z()
+        self.z = None if found is None else tuple(round(z, 2) for z in found.tolist())
+
+
+def _residuals(fractions: Sequence[float]) -> NDArray[np.float64]:
+    """(2, E, 2, E): of an image that left, or was cut short, at each exit, the residuals and their squares."""
+    residuals = foretold(fractions) - np.asarray(fractions)
+    return np.stack([residuals, residuals**2], axis=2)
 
 
 class _Histogram:
-    """The calibration's confidences at exit 1, in deciles."""
+    """The calibration's confidences at exit 1, in deciles, and how the traffic's lie in them."""
 
     def __init__(self, confidence: Floats) -> None:
         self._edges = quantile_edges(confidence, 10)
         self._shares = self._shares_of(confidence)
+        self._below = np.searchsorted(np.sort(confidence), self._edges, side="left") / len(confidence)
+        self._change = Change(len(self._edges), len(confidence))
+        self.z = 0.0  # of the share that lies below some decile, the largest
+
+    def add(self, newest: Floats) -> None:
+        """(ENOUGH,) in the order in which they came."""
+        residuals = (newest[:, None] < self._edges) - self._below
+        batches = np.stack([residuals, residuals**2], axis=1).reshape(LOOK, BATCH, 2, -1).sum(axis=1)
+        for batch in batches:
+            self._change.add(batch)
+        z = self._change.z()
+        self.z = 0.0 if z is None else float(np.abs(z).max(initial=0.0))
 
     def psi(self, confidence: Floats) -> float:
         """The population stability index: 0 for equal shares, symmetric."""
@@ -169,15 +212,3 @@ def quantile_edges(values: Floats, bins: int) -> Floats:
 def bins_of(values: Floats, edges: Floats) -> NDArray[np.intp]:
     """(N,) the bin of each value, from 0; an edge belongs to the bin above it."""
     return np.searchsorted(edges, values, side="right")
-
-
-def _two_proportion_z(p: float, n: int, q: float, m: int, apart: float) -> float:
-    """Of the share p among n against q among m, pooled; q is the mean of n chances q_i, and `apart` their variance.
-
-    The variance of n independent draws by chances q_i is n times the mean of q_i (1 - q_i), and that is q (1 - q) less
-    `apart`; the errors of the q_i, all from the same m images, vary by no more. One image's at least is allowed for, as
-    nothing varies where every q_i is 0 or 1.
-    """
-    pooled = (n * p + m * q) / (n + m)
-    variance = max(pooled * (1 - pooled) - apart, 1 / (n + m))
-    return (p - q) / math.sqrt(variance * (1 / n + 1 / m))

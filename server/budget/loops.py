@@ -25,6 +25,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from server.budget.survival import ExitCounts
+from server.bundle.frontier import FrontierRow
+
 KAPPA = 1.17  # half of p99 over p50 of a loaded cascade, before anything was observed
 
 
@@ -83,41 +86,56 @@ class CostLoop:
     256 images: filter the mean cost y, e = (B-y)/B, and take what calibration puts at u = B(1 + .3e + .5I), I the
     running sum of e: the row, or the mixture. Within 1 % nothing moves; e is not summed up while u is already past the
     end that it pushes to; a block moves at most 16 rows.
+
+    What is held is the cost that the thresholds would have without deadlines. Images that are cut short count as far as
+    they went (`survival`): it is the dear ones that are, and without them the others would look cheap and be made dear.
+    Of an exit that nobody came to of late, nothing is known but calibration's word on the row in force.
     """
 
-    BLOCK = 256
+    BLOCK = 256  # images, and as many more as it takes until LEAST of them have left by a threshold
+    LEAST = 128
     DEAD_BAND = 0.01
     PROPORTIONAL = 0.3
     INTEGRAL = 0.5  # at half of it a jump of the input by half a sigma puts a window of 10,000 images 4 % off
     FILTER = 0.7  # share of the newest block in y
     MAX_STEP = 16
 
-    def __init__(self, costs: Sequence[float], gmacs: float) -> None:
-        """`costs`: GMACs of the rows, rising. `gmacs` is the budget; the loop begins at the row that calibration puts
-        there."""
-        self._costs = costs
-        self._budget = gmacs
+    def __init__(self, rows: Sequence[FrontierRow], stage_gmacs: Sequence[float], gmacs: float) -> None:
+        """`rows` of the frontier, rising in cost; `stage_gmacs` (E,) cumulative. `gmacs` is the budget; the loop begins
+        at the row that calibration puts there."""
+        self._rows = rows
+        self._costs = [row.gmacs for row in rows]
+        self._stage_gmacs = np.asarray(stage_gmacs)
+        self.budget = gmacs  # that is held
         self.row = self._row_at(gmacs)
         self.gmacs = self._within(gmacs)  # the mean cost to ask calibration for: between `row` and the next
-        self._sum = 0.0
-        self._images = 0
-        self._filtered: float | None = None
         self._integral = 0.0
+        self._forget()
 
-    def observe(self, gmacs: float) -> bool:
-        """Count one image that was decided by the thresholds in force. True where `gmacs` has moved."""
-        self._sum += gmacs
+    def _forget(self) -> None:
+        """Begin a block, the first."""
+        self._past = ExitCounts(len(self._stage_gmacs))  # of all blocks, the older the less
+        self._begin_block()
+
+    def _begin_block(self) -> None:
+        self._block = ExitCounts(len(self._stage_gmacs))
+        self._images = self._left = 0  # of the block, and those that left by a threshold
+
+    def observe(self, exit: int, cut_short: bool = False) -> bool:
+        """Count one image that the thresholds in force judged. `cut_short`: a deadline ended it, after this exit. True
+        where `gmacs` has moved."""
+        self._block.add(exit, cut_short)
         self._images += 1
-        if self._images < self.BLOCK:
+        self._left += not cut_short
+        if self._images < self.BLOCK or self._left < self.LEAST:
             return False
-        mean = self._sum / self._images
-        self._sum, self._images = 0.0, 0
-        return self._end_block(mean)
+        self._past.fade(1 - self.FILTER)
+        self._past.absorb(self._block)
+        self._begin_block()
+        return self._end_block(float(self._past.fractions(self._rows[self.row].exit_fractions) @ self._stage_gmacs))
 
     def _end_block(self, mean: float) -> bool:
-        past = self._filtered
-        self._filtered = mean if past is None else past + self.FILTER * (mean - past)
-        error = (self._budget - self._filtered) / self._budget
+        error = (self.budget - mean) / self.budget
         if abs(error) < self.DEAD_BAND:
             return False
         # Judged before e is added: judged after, the step that would reach the end is never taken.
@@ -133,11 +151,10 @@ class CostLoop:
 
     def aim_at(self, gmacs: float) -> None:
         """Another budget for the same traffic: what was learned of it, I, is kept."""
-        self._budget = gmacs
+        self.budget = gmacs
         self.gmacs = self._within(self._wanted(0.0, self._integral))
         self.row = self._row_at(self.gmacs)
-        self._filtered = None
-        self._sum, self._images = 0.0, 0
+        self._forget()
 
     def _within(self, gmacs: float) -> float:
         return max(self._costs[0], min(self._costs[-1], gmacs))
@@ -146,7 +163,7 @@ class CostLoop:
         return max(0, bisect_right(self._costs, gmacs) - 1)
 
     def _wanted(self, error: float, integral: float) -> float:
-        return self._budget * (1 + self.PROPORTIONAL * error + self.INTEGRAL * integral)
+        return self.budget * (1 + self.PROPORTIONAL * error + self.INTEGRAL * integral)
 
 
 class LatencyLoop:

@@ -129,10 +129,13 @@ class Drift(_Model):
     """The last images against those of the calibration."""
 
     images: int = Field(description="How many images this looks back upon.")
-    psi: float | None = Field(description="Of confidence at exit 1, over deciles; above 0.2 it alarms. Null: too few.")
+    psi: float | None = Field(
+        description="Of confidence at exit 1, over deciles; above 0.2 it alarms where chance does not explain it. "
+        "Null: too few."
+    )
     z: list[float] | None = Field(
-        description="Per exit, of the share that leaves there, over changes of thresholds; beyond 4 it alarms. Null: "
-        "too few yet, or nothing is known of the thresholds in force."
+        description="Per exit, of the share that leaves there, in standard errors of images that may come in runs; "
+        "beyond 5 it alarms. Null: too few yet, or nothing is known of the thresholds in force."
     )
     alarm: bool
     reasons: list[Literal["psi", "exit_fractions"]]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from server.budget.drift import ENOUGH, POINTS, WINDOW, Drift, bins_of, quantile_edges
+from server.budget.drift import ENOUGH, POINTS, WINDOW, Drift, DriftState, bins_of, quantile_edges
 from server.budget.loops import CostLoop
 from server.bundle.frontier import Frontier, FrontierRow, Records
 from server.calibration.sweep import sweep
@@ -55,7 +57,7 @@ class Watch:
         point, exits = point or self.point, []
         for image in confidence.T.tolist():
             exit_ = next(k for k, c in enumerate(image, start=1) if c >= point.thresholds[k - 1])
-            self.drift.observe(answer(point, image[:exit_], how.get("degraded", False)), how.get("steered", False))
+            self.drift.observe(answer(point, image[:exit_]), how.get("steered", False))
             exits.append(exit_)
         return exits
 
@@ -109,17 +111,17 @@ def test_another_operating_point_changes_what_is_expected_and_not_what_was_seen(
     assert not state.alarm, "each image is compared with what is expected of the row that judged it"
 
 
-@pytest.mark.parametrize(("harder", "alarms"), [(0.0, False), (0.2, True), (-0.2, True)])
+@pytest.mark.parametrize(("harder", "alarms"), [(0.0, False), (0.3, True), (-0.3, True)])
 def test_the_exits_tell_while_the_cost_loop_walks(frontier: Frontier, harder: float, alarms: bool) -> None:
     """It moves on before one operating point has seen images enough, and the cost is the wanted one throughout."""
     for seed in range(1, 6):
-        loop = CostLoop([row.gmacs for row in frontier.rows], 0.8)
+        loop = CostLoop(frontier.rows, GMACS, 0.8)
         watch = Watch(frontier, loop.row)
         moves, spent = 0, 0.0
         for images in np.array_split(traffic(12_000, seed, harder)[0], 40, axis=1):
             for exit_ in watch.serve(images):
                 spent += GMACS[exit_ - 1]
-                loop.observe(GMACS[exit_ - 1])
+                loop.observe(exit_)
             if frontier.rows[loop.row] != watch.row:
                 watch.move_to(loop.row)
                 moves += 1
@@ -131,28 +133,57 @@ def test_the_exits_tell_while_the_cost_loop_walks(frontier: Frontier, harder: fl
         assert state.reasons == ("exit_fractions",) * alarms, "a shift too small for the histogram"
 
 
-def test_z_is_a_standard_normal_also_where_points_lie_far_apart(frontier: Frontier) -> None:
+def test_rows_that_lie_far_apart_are_no_change(frontier: Frontier) -> None:
     population = dataclasses.replace(frontier, samples=10**9)  # its records are no sample of another one
     images, rng, found = traffic(5000, seed=0)[0], np.random.default_rng(0), []
     for _ in range(100):
         watch = Watch(population)
-        for row in (40, 200):
-            watch.move_to(row)
-            watch.serve(images[:, rng.integers(0, 5000, 300)])
+        for number in range(8):
+            watch.move_to(200 if number % 2 else 40)
+            watch.serve(images[:, rng.integers(0, 5000, 250)])
         found.append(watch.drift.state().z)
-    assert np.mean(found, axis=0) == pytest.approx(0, abs=0.3)
-    assert np.std(found, axis=0) == pytest.approx(1, abs=0.15)
+    assert np.mean(found, axis=0) == pytest.approx(0, abs=0.5)
+    assert np.all(np.std(found, axis=0) < 1.5)
+    assert np.max(np.abs(found)) < 5
 
 
-@pytest.mark.parametrize("how", [{"steered": True}, {"degraded": True}])
-def test_images_that_the_thresholds_did_not_decide_say_nothing_of_the_exits(
-    frontier: Frontier, how: dict[str, bool]
-) -> None:
+def test_steered_images_say_nothing_of_the_exits(frontier: Frontier) -> None:
     watch = Watch(frontier)
-    watch.serve(traffic(1000, 1)[0], **how)
+    watch.serve(traffic(1000, 1)[0], steered=True)
     state = watch.drift.state()
     assert state.psi is not None
     assert state.z is None
+
+
+@pytest.mark.parametrize("harder", [0.0, 1.0])
+@pytest.mark.parametrize("cut", [(0.5, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_images_that_a_deadline_cut_short_count_as_far_as_they_went(
+    frontier: Frontier, cut: tuple[float, float], harder: float
+) -> None:
+    """By chance, or every image that goes beyond some exit. Left out, the others would seem to leave early."""
+    watch = Watch(frontier)
+    rng = np.random.default_rng(0)
+    for image in traffic(5000, 1, harder)[0].T.tolist():
+        exit_ = next(k for k, c in enumerate(image, start=1) if c >= watch.point.thresholds[k - 1])
+        reached = next((k for k in range(1, exit_) if rng.random() < cut[k - 1]), exit_)
+        watch.drift.observe(answer(watch.point, image[:reached], degraded=reached < exit_), steered=False)
+    assert ("exit_fractions" in watch.drift.state().reasons) == (harder > 0)
+
+
+@pytest.mark.parametrize("correlation", [0.9, 0.98])
+def test_images_in_runs_are_no_drift(frontier: Frontier, correlation: float) -> None:
+    """As hard as those of the calibration, one by one; but the next is as hard as the last."""
+    for seed in range(3):
+        rng, state, ease = np.random.default_rng(seed), 0.0, []
+        for noise in rng.normal(size=20_000).tolist():
+            state = correlation * state + math.sqrt(1 - correlation**2) * noise
+            ease.append(state)
+        certainty = np.array(ease) + rng.normal(size=(3, 20_000)) * 0.5 + [[0.5], [1.0], [1.5]]
+        images = (1 / (1 + np.exp(-certainty))).astype(np.float32)
+        watch = Watch(frontier)
+        for part in np.array_split(images, 40, axis=1):
+            watch.serve(part)
+            assert watch.drift.state().reasons == ()
 
 
 def test_late_answers_of_an_earlier_point_are_compared_with_what_is_expected_of_that(frontier: Frontier) -> None:
@@ -209,6 +240,41 @@ def test_an_alarm_is_told_once_when_it_begins_and_once_when_it_ends(
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
+def test_what_the_exits_said_is_forgotten_where_for_long_only_steered_images_came(frontier: Frontier) -> None:
+    watch = Watch(frontier)
+    watch.serve(traffic(2000, 1, harder=2.0)[0])
+    assert watch.drift.state().alarm
+    watch.serve(traffic(WINDOW + 2000, 2)[0], steered=True)
+    state = watch.drift.state()
+    assert (state.z, state.alarm) == (None, False)
+
+
+def test_it_is_judged_when_images_have_come_and_not_when_somebody_asks(frontier: Frontier) -> None:
+    watch = Watch(frontier)
+    watch.serve(traffic(1000, 1)[0])
+    before = watch.drift.state()
+    watch.serve(traffic(ENOUGH - 1, 2, harder=3.0)[0])
+    assert dataclasses.replace(watch.drift.state(), images=1000) == before
+
+
+def test_a_model_of_one_exit_has_nothing_to_compare() -> None:
+    records = Records(np.zeros((0, 1000), np.float32), np.ones((1, 1000), np.bool_))
+    point = OperatingPoint(1, (0.0,))
+    drift = Drift(records, 1000, lambda: (1.0,), point)
+    for _ in range(2 * ENOUGH):
+        drift.observe(answer(point, [0.9]), steered=False)
+    assert drift.state() == DriftState(2 * ENOUGH, None, (0.0,), False, ())
+
+
+def test_an_exit_that_is_always_equally_sure_has_no_deciles() -> None:
+    records = Records(np.full((1, 1000), 0.5, np.float32), np.ones((2, 1000), np.bool_))
+    point = OperatingPoint(1, (0.9, 0.0))
+    drift = Drift(records, 1000, lambda: (0.0, 1.0), point)
+    for _ in range(2 * ENOUGH):
+        drift.observe(answer(point, [0.5, 0.9]), steered=False)
+    assert drift.state() == DriftState(2 * ENOUGH, 0.0, (0.0, 0.0), False, ())
+
+
 @pytest.mark.parametrize("records", [None, Records(np.zeros((2, 0), np.float32), np.zeros((3, 0), np.bool_))])
 def test_without_records_and_without_a_prediction_it_is_silent(records: Records | None) -> None:
     point = OperatingPoint(1, (0.5, 0.5, 0.0))
@@ -224,6 +290,33 @@ def test_exits_that_nobody_takes_and_nobody_should_are_no_alarm(frontier: Fronti
     assert watch.row.exit_fractions == (1, 0, 0)
     watch.serve(traffic(1000, 1)[0])
     assert watch.drift.state().z == (0.0, 0.0, 0.0)
+
+
+one = st.tuples(st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3), st.integers(1, 3), st.booleans())
+request = st.tuples(st.lists(one, min_size=1, max_size=3), st.booleans(), st.integers(0, 50))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(one, min_size=1, max_size=3), st.booleans(), st.integers(0, 50)), min_size=1, max_size=9
+    ),
+    st.integers(1, 10**9),
+)
+def test_whatever_comes_it_tells_numbers(
+    frontier: Frontier, requests: list[tuple[list[Any], bool, int]], samples: int
+) -> None:
+    """Over and over: runs of any length, exits that no threshold explains, deadlines at any of them."""
+    watch = Watch(dataclasses.replace(frontier, samples=samples))
+    while len(watch.drift.confidences()) < 3 * ENOUGH:
+        for images, steered, row in requests:
+            watch.move_to(row)
+            results = tuple(answer(watch.point, seen[:exit_], cut).results[0] for seen, exit_, cut in images)
+            watch.drift.observe(Answer(watch.point, results, 0.0), steered)
+    state = watch.drift.state()
+    assert state.psi is not None
+    assert math.isfinite(state.psi)
+    assert state.z is None or all(map(math.isfinite, state.z))
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=200), st.integers(1, 50))

@@ -19,6 +19,7 @@ from server.budget.loops import (
     predicted_latency,
     tail_factor,
 )
+from server.bundle.frontier import FrontierRow
 
 COSTS = [0.002 + 0.00004 * row for row in range(201)]  # 2 to 10 ms
 
@@ -62,13 +63,20 @@ def test_a_burst_after_a_silence_is_no_rate_yet():
 
 
 class TestCostLoop:
-    GMACS = np.linspace(0.47, 2.31, 257).tolist()  # of the rows
+    STAGES = (0.47, 2.31)
+    ROWS = tuple(
+        FrontierRow((0.5, 0.0), 0.5, None, 0.47 + 1.84 * deep, (1 - deep, deep))
+        for deep in np.linspace(0, 1, 257).tolist()
+    )
+
+    def loop(self, gmacs: float) -> CostLoop:
+        return CostLoop(self.ROWS, self.STAGES, gmacs)
 
     def test_it_moves_at_the_end_of_a_block_and_by_sixteen_rows_at_most(self):
-        loop = CostLoop(self.GMACS, 1.0)
+        loop = self.loop(1.0)
         rows = [loop.row]
         for _ in range(12 * CostLoop.BLOCK):
-            loop.observe(self.GMACS[-1])
+            loop.observe(2)
             rows.append(loop.row)
         steps = np.diff(rows)
         moved = np.flatnonzero(steps) + 1
@@ -76,30 +84,80 @@ class TestCostLoop:
         assert np.abs(steps).max() == CostLoop.MAX_STEP
         assert loop.row == 0
 
-    def test_it_stays_put_within_one_percent(self):
-        loop = CostLoop(self.GMACS, 1.0)
-        assert not any(loop.observe(1.0 + 0.009 * (-1) ** n) for n in range(20 * CostLoop.BLOCK))
-        assert not any(loop.observe(1.009) for _ in range(20 * CostLoop.BLOCK))
+    @pytest.mark.parametrize("deep", [73, 74, 75])
+    def test_it_stays_put_within_one_percent(self, deep: int):
+        """So many of a block cost 0.995, 1.002 and 1.009."""
+        loop = self.loop(1.0)
+        for _ in range(20):
+            assert not any(loop.observe(2 if n < deep else 1) for n in range(CostLoop.BLOCK))
 
     def test_it_does_not_wind_up_while_it_is_stuck_at_an_end(self):
         def blocks_to_leave(blocks_stuck: int) -> int:
-            loop = CostLoop(self.GMACS, 1.0)
+            loop = self.loop(1.0)
             for _ in range(blocks_stuck * CostLoop.BLOCK):
-                loop.observe(self.GMACS[0])  # so easy that even the dearest row costs too little
-            assert loop.row == len(self.GMACS) - 1
+                loop.observe(1)  # so easy that even the dearest row costs too little
+            assert loop.row == len(self.ROWS) - 1
             for block in range(1, 100):
                 for _ in range(CostLoop.BLOCK):
-                    loop.observe(self.GMACS[-1])
-                if loop.row < len(self.GMACS) - 1:
+                    loop.observe(2)
+                if loop.row < len(self.ROWS) - 1:
                     return block
             pytest.fail("never left the end")
 
         assert blocks_to_leave(1000) == blocks_to_leave(40) <= 5
 
     def test_a_budget_beyond_the_end_rests_at_the_dearest_row(self):
-        loop = CostLoop(self.GMACS, 50.0)
-        assert not any(loop.observe(self.GMACS[-1]) for _ in range(50 * CostLoop.BLOCK))
-        assert loop.row == len(self.GMACS) - 1
+        loop = self.loop(50.0)
+        assert not any(loop.observe(2) for _ in range(50 * CostLoop.BLOCK))
+        assert loop.row == len(self.ROWS) - 1
+
+    @pytest.mark.parametrize("hurried", [0.0, 0.2, 0.6, 0.9])
+    def test_images_in_a_hurry_do_not_make_the_others_dear(self, hurried: float):
+        """Twice as many go deep as calibration says, and whoever is in a hurry is cut short there."""
+        rng = np.random.default_rng(0)
+        loop, costs = self.loop(1.0), []
+        for _ in range(80_000):
+            deep = rng.random() < 2 * self.ROWS[loop.row].exit_fractions[1]
+            if rng.random() < hurried:
+                loop.observe(1, cut_short=deep)
+            else:
+                loop.observe(2 if deep else 1)
+                costs.append(self.STAGES[deep])
+        assert np.mean(costs[len(costs) // 4 :]) == pytest.approx(1.0, rel=0.02)
+
+    def test_where_everybody_is_cut_short_it_waits(self):
+        loop = self.loop(1.0)
+        row = loop.row
+        assert not any(loop.observe(1, cut_short=True) for _ in range(50 * CostLoop.BLOCK))
+        assert loop.row == row
+
+    def test_where_nobody_comes_to_an_exit_calibration_speaks_for_it(self):
+        """At the first exit images are as in calibration, and none has the time for the second."""
+        rows = [
+            FrontierRow((0.5, 0.5, 0.0), 0.5, None, 0.5 + deep * (0.5 + 0.4), (1 - deep, 0.6 * deep, 0.4 * deep))
+            for deep in np.linspace(0, 1, 257).tolist()
+        ]
+        loop = CostLoop(rows, (0.5, 1.0, 2.0), 1.0)
+        rng = np.random.default_rng(0)
+        for _ in range(50_000):
+            loop.observe(1, cut_short=bool(rng.random() > rows[loop.row].exit_fractions[0]))
+        assert loop.gmacs == pytest.approx(1.0, rel=0.1)
+
+    def test_another_budget_forgets_the_images_and_keeps_what_was_learned(self):
+        loop = self.loop(1.0)
+        for _ in range(12 * CostLoop.BLOCK - 1):
+            loop.observe(2)
+        loop.aim_at(2.0)
+        assert loop.budget == 2.0
+        assert loop.gmacs < 1.5
+        assert not any(loop.observe(1) for _ in range(CostLoop.BLOCK - 1))
+
+    @pytest.mark.parametrize("gmacs", [0.1, 0.47, 5.0])
+    def test_a_frontier_of_one_row_and_a_model_of_one_exit_leave_nothing_to_move(self, gmacs: float):
+        one = FrontierRow((0.0,), 0.5, None, 0.47, (1.0,))
+        loop = CostLoop((one,), (0.47,), gmacs)
+        assert not any(loop.observe(1) for _ in range(10 * CostLoop.BLOCK))
+        assert (loop.row, loop.gmacs) == (0, 0.47)
 
 
 class TestLatencyLoop:

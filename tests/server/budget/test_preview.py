@@ -61,11 +61,11 @@ def test_where_a_cost_is_held_it_tells_what_holding_it_comes_to(
     confidence, correct = traffic(20_000, 1, harder)
     solution = solve(frontier, target)
     assert solution.held_gmacs is not None
-    loop, exits = CostLoop([row.gmacs for row in frontier.rows], solution.held_gmacs), []
+    loop, exits = CostLoop(frontier.rows, GMACS, solution.held_gmacs), []
     for image in confidence[:2].T.tolist():
         thresholds = frontier.rows[loop.row].thresholds
         exits.append(0 if image[0] >= thresholds[0] else 1 if image[1] >= thresholds[1] else 2)
-        loop.observe(GMACS[exits[-1]])
+        loop.observe(exits[-1] + 1)
     held = correct[exits, range(20_000)][10_000:].mean()
 
     found = preview(frontier, solution, PRESENT, confidence[0][10_000:])
