@@ -24,6 +24,7 @@ from server.budget.control import Machine
 from server.budget.controller import BudgetController, BudgetState
 from server.budget.drift import Drift
 from server.budget.loops import Brownout
+from server.budget.preview import Previewer
 from server.budget.store import FileStore, MemoryStore, PolicyStore, StateInUse
 from server.bundle.frontier import FrontierRow, with_ms
 from server.bundle.manifest import Bundle
@@ -94,6 +95,7 @@ class Service:
         self.batch_sizes = _batch_sizes(settings, bundle, engine)
         self.machine = Machine(bundle.frontier.rows, self.batch_sizes, settings.executors)
         self.budget = BudgetController(bundle.frontier, _store(settings, bundle), machine=self.machine)
+        self.previewer = Previewer(bundle.frontier)
         self.scheduler = Scheduler(
             self.budget.point,
             max_batch_sizes=self.batch_sizes,

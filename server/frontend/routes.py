@@ -25,7 +25,6 @@ from starlette.types import Receive, Scope, Send
 from server import metrics
 from server.budget.controller import TARGETS, BudgetState
 from server.budget.places import place_of
-from server.budget.preview import preview
 from server.cascade.scheduler import HIGH, LOW, NORMAL, Priority
 from server.core import Answer, ImageResult, Pixels
 from server.errors import InvalidRequest, NotReady, VersionMismatch
@@ -232,7 +231,7 @@ async def preview_budget(request: Request) -> Response:
     service = _service(request)
     target, hold, mix = await _read_target(request)
     solution = service.budget.solve(target, hold, mix)
-    found = preview(service.bundle.frontier, solution, service.budget.point, service.drift.confidences())
+    found = service.previewer.preview(solution, service.budget.point, service.drift.confidences())
     return json_response(found, {"cache-control": "no-store"})
 
 
