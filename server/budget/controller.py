@@ -383,9 +383,10 @@ class BudgetController:
         try:
             while not self._synced:
                 self._synced = True
-                await asyncio.to_thread(self._store.sync)
-        except StoreUnavailable as error:
-            log.warning("the budget would not outlive a power failure: %s", error.detail)
+                try:
+                    await asyncio.to_thread(self._store.sync)
+                except StoreUnavailable as error:  # what was put meanwhile may fare better
+                    log.warning("the budget would not outlive a power failure: %s", error.detail)
         finally:
             self._syncing = None
 

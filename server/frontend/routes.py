@@ -220,6 +220,7 @@ async def put_budget(request: Request) -> Response:
     service.control_token.check(headers)
     service.check_door()
     target, hold, mix = await _read_target(request)
+    service.check_door()  # a body takes its time
     if_match = _if_match(request.headers.getlist("if-match"), service.budget.point.version)
     state = await service.budget.put(target, hold, if_match, mix=mix)
     service.note_budget(state, request.client, request.scope["state"]["request_id"])

@@ -296,6 +296,37 @@ async def test_a_disk_that_fails_behind_the_answer_is_told_to_the_log(
     await budget.close()
 
 
+async def test_a_budget_that_came_while_the_disk_failed_is_synced_all_the_same(frontier: Frontier) -> None:
+    class FailingOnce(SlowDisk):
+        failed = False
+
+        def sync(self) -> None:
+            super().sync()
+            if not self.failed:
+                self.failed = True
+                raise StoreUnavailable("a cable was loose")
+
+    store = FailingOnce()
+    budget = BudgetController(frontier, store)
+    await budget.put({"gmacs": 1.0})
+    await asyncio.sleep(0)  # the disk is at the first when the second comes
+    await budget.put({"gmacs": 1.2})
+    store.gate.set()
+    await budget.close()
+    assert store.synced[1:] == [Policy(3, {"gmacs": 1.2}, "cost")]
+
+
+async def test_once_the_state_is_given_up_nothing_is_stored_nor_changed(frontier: Frontier, tmp_path: Path) -> None:
+    """The next server owns it by now, and has handed out the next version."""
+    budget = BudgetController(frontier, FileStore(tmp_path / "budget.json"))
+    budget.release()
+    before = budget.state()
+    with pytest.raises(StoreUnavailable, match="given up"):
+        await budget.put({"gmacs": 1.0})
+    assert budget.state() == before
+    assert FileStore(tmp_path / "budget.json").load() is None
+
+
 async def test_a_mixed_budget_meets_its_cost_exactly_by_two_sets_of_thresholds(frontier: Frontier) -> None:
     budget = BudgetController(frontier, MemoryStore())
     mixture = frontier.mixture(1.0)
