@@ -128,6 +128,9 @@ class Solution:
     latency: tuple[float, float] | None = None  # seconds and quantile that the latency loop holds
     pinned: bool = False  # an operator wants these thresholds to stay, also under overload
 
+    def same_target(self, other: Solution) -> bool:
+        return (self.target, self.hold, self.mix) == (other.target, other.hold, other.mix)
+
 
 def solve(
     frontier: Frontier, target: Target, hold: str = "cost", mix: bool = False, machine: Machine | None = None
@@ -239,8 +242,9 @@ class BudgetController:
         self._callbacks = [on_change] if on_change else []
         self._syncing: asyncio.Task[None] | None = None
         self._synced = True
-        version, solution = self._first()
-        self._adopt(version, solution)
+        self._loop: CostLoop | None = None
+        version, self._solution = self._first()
+        self._adopt(version, self._solution)
 
     @property
     def point(self) -> OperatingPoint:
@@ -405,13 +409,15 @@ class BudgetController:
             await self._syncing
 
     def _adopt(self, version: int, solution: Solution) -> None:
-        self._solution = solution
-        self._put_in_force(version, solution.setting)
+        # Who asks again for what is held, as what keeps a wanted state does, finds it as the loop has moved it.
+        again = self._loop is not None and solution.same_target(self._solution)
+        if not again:
+            self._solution, self._loop = solution, None
+            if solution.held_gmacs is not None:
+                self._loop = CostLoop(self._gmacs, solution.held_gmacs)
+                self._aim = solution.held_gmacs
+        self._put_in_force(version, self._wanted() if again else solution.setting)
         self._window = _Window(self._frontier.stage_gmacs)
-        self._loop: CostLoop | None = None
-        if solution.held_gmacs is not None:
-            self._loop = CostLoop(self._gmacs, solution.held_gmacs)
-            self._aim = solution.held_gmacs
         if self._control is not None:
             self._control.aim_at(*(solution.latency or (None,)))
         if solution.pinned:

@@ -657,6 +657,37 @@ async def test_a_latency_target_survives_a_restart_before_the_profile_is_known(f
     assert found == pytest.approx(wanted, rel=2 * AIM_BAND)
 
 
+@pytest.mark.parametrize("mix", [False, True])
+async def test_who_asks_again_for_what_is_held_resets_nothing_that_was_learned(frontier: Frontier, mix: bool) -> None:
+    """Whatever keeps a server at a wanted state by asking for it every minute is no harder traffic."""
+    budget = BudgetController(frontier, MemoryStore())
+    confidence, _ = traffic(30_000, seed=2, harder=0.7)
+    await budget.put({"gmacs": 1.0}, mix=mix)
+    costs = []
+    for images in np.array_split(confidence, 40, axis=1):
+        before = budget.point
+        state = await budget.put({"gmacs": 1}, mix=mix)
+        assert (state.version, state.thresholds) == (before.version + 1, before.thresholds)
+        costs.append(serve(budget, images))
+    assert np.concatenate(costs[-20:]).mean() == pytest.approx(1.0, rel=0.02)
+    other = await budget.put({"gmacs": 1.0}, "quality", mix=mix)
+    assert other.thresholds != before.thresholds, "another hold is another budget"
+    assert (await budget.put({"gmacs": 1.0}, mix=mix)).thresholds == other.thresholds
+
+
+async def test_who_asks_again_for_a_latency_resets_nothing_that_was_learned(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    await loaded.budget.put({"latency_ms": 60})
+    loaded.tick(rate=200)
+    for image in range(5000):  # harder traffic than calibration saw
+        harder = answer(loaded.budget, 3 if image % 2 else 1, in_engine=0.03)
+        loaded.budget.observe(harder, 0.03, steered=False)
+    loaded.tick(rate=200)
+    before = loaded.budget.state().thresholds
+    assert before != solve(frontier, {"latency_ms": 60}, machine=loaded.machine).setting.thresholds
+    assert (await loaded.budget.put({"latency_ms": 60.0})).thresholds == before
+
+
 @pytest.mark.parametrize("target", [{"thresholds": [0.9, 0.9]}, {"gmacs": 1.5}, {"accuracy": 0.8}])
 async def test_thresholds_that_an_operator_wants_to_stay_do_so_under_overload(
     frontier: Frontier, target: dict[str, Any]
