@@ -38,7 +38,8 @@ Target = Mapping[str, Any]
 TARGETS = ("gmacs", "accuracy", "thresholds", "latency_ms")
 DEFAULT_QUANTILE = 0.99
 AIM_BAND = 0.03  # of the mean cost: less is no new aim
-WINDOW = 10_000  # images that `observed` speaks of
+WINDOW = 10_000  # images that `observed` speaks of at most,
+WINDOW_S = 3600.0  # none of them so many seconds older than the traffic of late: what is over is over
 DEFAULT_SLACK = 0.005  # accuracy given up against the knee, where no operator has spoken yet
 
 
@@ -61,7 +62,8 @@ class Quantiles:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What the last images under this budget did, at most WINDOW of them; all are counted, steered or degraded too."""
+    """What the last images under this budget did, at most WINDOW of them and of the last WINDOW_S seconds with traffic;
+    all are counted, steered or degraded too."""
 
     images: int
     gmacs: float | None
@@ -238,6 +240,7 @@ class BudgetController:
         self._control = Control(machine) if machine is not None else None
         self._gmacs = [row.gmacs for row in frontier.rows]
         self._aim = 0.0  # the mean cost that the cost loop was last told to hold
+        self._now = 0.0  # at the last tick
         self._ceiling: int | None = None  # the dearest row that an overload leaves
         self._callbacks = [on_change] if on_change else []
         self._syncing: asyncio.Task[None] | None = None
@@ -306,6 +309,7 @@ class BudgetController:
 
     def tick(self, now: float, load: Load) -> None:
         """Let the loops that need a clock look at the queues. Every `Brownout.TICK` seconds while there is traffic."""
+        self._now = self._window.now = now
         if self._control is None:
             return
         row, ceiling = self._control.tick(now, load, self._row_of(self._wanted()))
@@ -417,7 +421,7 @@ class BudgetController:
                 self._loop = CostLoop(self._gmacs, solution.held_gmacs)
                 self._aim = solution.held_gmacs
         self._put_in_force(version, self._wanted() if again else solution.setting)
-        self._window = _Window(self._frontier.stage_gmacs)
+        self._window = _Window(self._frontier.stage_gmacs, self._now)
         if self._control is not None:
             self._control.aim_at(*(solution.latency or (None,)))
         if solution.pinned:
@@ -435,26 +439,31 @@ class BudgetController:
 
 
 class _Window:
-    """The exits and latencies of the last WINDOW images. Two array writes per image; all sums wait for a reader."""
+    """The exits and latencies of the last images. Three array writes per image; all sums wait for a reader."""
 
-    def __init__(self, stage_gmacs: tuple[float, ...]) -> None:
+    def __init__(self, stage_gmacs: tuple[float, ...], now: float) -> None:
+        self.now = now  # as it was last told, no more than a tick ago while there is traffic
         self._stage_gmacs = stage_gmacs
         self._exits = np.zeros(WINDOW, dtype=np.uint8)
         self._seconds = np.zeros(WINDOW, dtype=np.float32)
+        self._when = np.zeros(WINDOW)
         self._count = 0
 
     def add(self, exit: int, seconds: float) -> None:
         at = self._count % WINDOW
         self._exits[at] = exit
         self._seconds[at] = seconds
+        self._when[at] = self.now
         self._count += 1
 
     def observed(self) -> Observed:
-        images = min(self._count, WINDOW)
+        young = self._when[: min(self._count, WINDOW)] > self.now - WINDOW_S
+        images = int(np.count_nonzero(young))
         if not images:
             return Observed(0, None, None, Quantiles(None, None))
-        fractions = np.bincount(self._exits[:images] - 1, minlength=len(self._stage_gmacs)) / images
-        p50, p99 = np.quantile(self._seconds[:images], (0.5, 0.99)) * 1000
+        exits, seconds = self._exits[: len(young)][young], self._seconds[: len(young)][young]
+        fractions = np.bincount(exits - 1, minlength=len(self._stage_gmacs)) / images
+        p50, p99 = np.quantile(seconds, (0.5, 0.99)) * 1000
         return Observed(
             images,
             round(float(fractions @ np.asarray(self._stage_gmacs)), 9),

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from server.budget.control import Machine
-from server.budget.controller import AIM_BAND, DEFAULT_SLACK, WINDOW, BudgetController, solve
+from server.budget.controller import AIM_BAND, DEFAULT_SLACK, WINDOW, WINDOW_S, BudgetController, solve
 from server.budget.loops import CostLoop
 from server.budget.store import FileStore, MemoryStore, Policy
 from server.bundle.frontier import Frontier, upper_hull
@@ -479,6 +479,23 @@ def test_observed_looks_back_over_a_bounded_window(frontier: Frontier) -> None:
     observed = budget.state().observed
     assert (observed.images, observed.gmacs, observed.exit_fractions) == (WINDOW, GMACS[0], (1, 0, 0))
     assert observed.latency_ms.p99 == pytest.approx(1)
+
+
+def test_observed_forgets_what_is_long_over(frontier: Frontier) -> None:
+    """A bad hour does not stay in the p99 of a quiet server for weeks."""
+    budget, nothing = BudgetController(frontier, MemoryStore()), Load((0, 0, 0), (0, 0, 0), 0, 64)
+    budget.tick(1e6, nothing)
+    for _ in range(100):
+        budget.observe(answer(budget, 3), 5.0, steered=False)
+    assert budget.state().observed.latency_ms.p99 == pytest.approx(5000)
+    for later in (WINDOW_S / 2, WINDOW_S - 1, WINDOW_S + 1):
+        budget.tick(1e6 + later, nothing)
+        budget.observe(answer(budget, 1), 0.01, steered=False)
+    observed = budget.state().observed
+    assert (observed.images, observed.gmacs, observed.exit_fractions) == (3, GMACS[0], (1.0, 0.0, 0.0))
+    assert observed.latency_ms.p99 == pytest.approx(10)
+    budget.tick(1e6 + 3 * WINDOW_S, nothing)
+    assert budget.state().observed.images == 0, "traffic, and nothing answered"
 
 
 @pytest.mark.parametrize("gmacs", [0.8, 1.5])
