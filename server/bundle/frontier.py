@@ -210,6 +210,8 @@ class Frontier:
             raise ValueError("no rows")
         if not all(map(math.isfinite, (*self.stage_gmacs, *self.exit_accuracy))) or self.samples < 0:
             raise ValueError("costs, accuracies or samples are no sound numbers")
+        if not all(a < b for a, b in pairwise((0.0, *self.stage_gmacs))):
+            raise ValueError("stage_gmacs do not rise from above 0")
         exits = self.num_exits
         for number, row in enumerate(self.rows):
             lower = row.accuracy if row.accuracy_lower is None else row.accuracy_lower
@@ -220,6 +222,8 @@ class Frontier:
                 raise ValueError(f"row {number} does not have {exits} thresholds and fractions, the last threshold 0")
         if not all(a.gmacs < b.gmacs and a.accuracy < b.accuracy for a, b in pairwise(self.rows)):
             raise ValueError("rows do not rise in cost and accuracy")
+        if self.rows[0].gmacs <= 0:  # loops divide by what an image costs
+            raise ValueError("row 0 costs nothing")
         if len(self.exit_accuracy) != exits:
             raise ValueError(f"exit_accuracy does not have {exits} values")
         if self.source not in get_args(Source):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from server.budget.control import Machine
@@ -116,12 +119,12 @@ async def test_a_budget_in_accuracy_takes_the_cheapest_row_that_reaches_it(front
 
 async def test_thresholds_are_taken_as_given_with_or_without_the_last(frontier: Frontier) -> None:
     budget = BudgetController(frontier, MemoryStore())
-    for given in ([0.92, 0.71], [0.92, 0.71, 0], [1, 2.0]):
-        state = await budget.put({"thresholds": given}, "cost")
-        assert state.thresholds == (*given[:2], 0.0)
-        assert state.target == {"thresholds": given}
+    for thresholds in ([0.92, 0.71], [0.92, 0.71, 0], [1, 2.0]):
+        state = await budget.put({"thresholds": thresholds}, "cost")
+        assert state.thresholds == (*thresholds[:2], 0.0)
+        assert state.target == {"thresholds": thresholds}
         assert state.hold == "quality", "thresholds that an operator set do not follow the traffic"
-        assert state.predicted.gmacs == frontier.predict(given).gmacs
+        assert state.predicted.gmacs == frontier.predict(thresholds).gmacs
 
 
 async def test_a_budget_above_the_knee_is_clamped_to_it_and_says_so(frontier: Frontier) -> None:
@@ -745,3 +748,76 @@ async def test_the_cost_loop_learns_nothing_under_a_ceiling(frontier: Frontier) 
         loaded.budget.observe(answer(loaded.budget, 1), 0.01, steered=False)
     loaded.tick(seconds=10, rate=50)
     assert loaded.budget.state().thresholds == before
+
+
+# -- whatever comes
+
+NUMBERS = st.sampled_from([0, -1, 1e-300, GMACS[0], 0.6, 1.0, 2.5, 60, 1e4, 1e308]) | st.floats(0, 3)
+TARGETS = st.one_of(
+    st.builds(lambda name, value: {name: value}, st.sampled_from(["gmacs", "accuracy", "latency_ms"]), NUMBERS),
+    st.builds(lambda value, q: {"latency_ms": value, "quantile": q}, NUMBERS, st.floats(0.5, 0.999)),
+    st.lists(st.floats(0, 1) | st.just(2.0), min_size=2, max_size=2).map(lambda given: {"thresholds": given}),
+)
+EVENTS = st.one_of(
+    st.tuples(st.just("put"), TARGETS, st.sampled_from(["cost", "quality"]), st.booleans()),
+    st.tuples(st.just("answered"), st.sampled_from([1, 20, 600]), st.integers(1, 3), st.floats(0, 100), st.booleans()),
+    st.tuples(st.just("tick"), st.sampled_from([0.05, 0.0, -1.0, 1e6]), st.integers(0, 500), st.floats(0, 30)),
+    st.tuples(st.just("rest")),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1, 2, 5, 255]),
+    st.booleans(),
+    st.booleans(),
+    st.lists(EVENTS, max_size=60),
+)
+def test_whatever_comes_the_budget_stays_on_the_frontier_and_can_be_told(
+    frontier: Frontier, seed: int, rows: int, has_records: bool, has_profile: bool, events: list[tuple[Any, ...]]
+) -> None:
+    """Also with few rows, a clock that jumps, and answers that take no time or minutes."""
+    chosen = sorted(np.random.default_rng(seed).permutation(len(frontier.rows))[:rows])
+    few = replace(
+        frontier, rows=tuple(frontier.rows[at] for at in chosen), records=frontier.records if has_records else None
+    )
+    told: list[OperatingPoint] = []
+    machine = Machine(few.rows, (8, 4, 2), 2)
+    budget = BudgetController(few, MemoryStore(), told.append, machine)
+    if has_profile:
+        machine.profile = LiveProfile(LatencyProfile.lines((0.001, 0.001, 0.001), (0.002, 0.004, 0.008)))
+
+    async def happen() -> None:
+        now, on_the_frontier = 0.0, {row.thresholds for row in few.rows}
+        for event in events:
+            before = budget.point
+            match event:
+                case "put", target, hold, mix:
+                    try:
+                        state = await budget.put(target, hold, mix=mix)
+                    except (BudgetInfeasible, InvalidRequest):
+                        assert budget.point == before
+                        continue
+                    assert state.version == before.version + 1
+                case "answered", images, exit, seconds, degraded:
+                    for _ in range(images):
+                        budget.observe(answer(budget, exit, degraded=degraded), seconds, steered=False)
+                case "tick", passed, waiting, patience:
+                    now += passed
+                    machine.arrived(waiting, patience)
+                    budget.tick(now, Load((waiting, waiting // 2, 0), (0, 0, 0), 0, 64))
+                case _:
+                    machine.rest()
+            state, point = budget.state(), budget.point
+            assert point == before or point == told[-1]
+            json.dumps(asdict(state), allow_nan=False)
+            assert 0 <= state.pressure < 1
+            pinned = "thresholds" in state.target
+            assert pinned or point.thresholds in on_the_frontier
+            assert point.mix is None or (point.mix.thresholds in on_the_frontier and 0 <= point.mix.share <= 1)
+            if pinned:
+                assert point.thresholds[:2] == tuple(state.target["thresholds"])
+        await budget.close()
+
+    asyncio.run(happen())
