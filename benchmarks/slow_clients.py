@@ -74,14 +74,14 @@ def measure(options: Options) -> Report:
     raise_open_files()
     settings = SETTINGS | dict(options.setting)
     report.figures |= {"settings": settings, "seconds": options.seconds, "rate": options.rate}
-    requests = [classify(_small(file)) for file in photos(options.images)]
+    requests = [classify(small(file)) for file in photos(options.images)]
     for kind in options.kinds:
         with Server(bundle.path, **settings) as server:
             _measure_kind(report, options, server, kind, requests)
     return report
 
 
-def _small(file: bytes) -> bytes:
+def small(file: bytes) -> bytes:
     stream = io.BytesIO()
     Image.open(io.BytesIO(file)).resize((SIDE, SIDE)).save(stream, "JPEG", quality=80)
     return stream.getvalue()

@@ -25,6 +25,7 @@ from server.budget.controller import BudgetController, BudgetState
 from server.budget.drift import Drift
 from server.budget.loops import Brownout
 from server.budget.places import Places
+from server.budget.preview import Previewer
 from server.budget.store import FileStore, MemoryStore, PolicyStore, StateInUse
 from server.bundle.frontier import FrontierRow, with_ms
 from server.bundle.manifest import Bundle
@@ -95,6 +96,7 @@ class Service:
         self.batch_sizes = _batch_sizes(settings, bundle, engine)
         self.machine = Machine(bundle.frontier.rows, self.batch_sizes, settings.executors)
         self.budget = BudgetController(bundle.frontier, _store(settings, bundle), machine=self.machine)
+        self.previewer = Previewer(bundle.frontier)
         self.scheduler = Scheduler(
             self.budget.point,
             max_batch_sizes=self.batch_sizes,

@@ -38,7 +38,8 @@ Target = Mapping[str, Any]
 TARGETS = ("gmacs", "accuracy", "thresholds", "latency_ms")
 DEFAULT_QUANTILE = 0.99
 AIM_BAND = 0.03  # of the mean cost: less is no new aim
-WINDOW = 10_000  # images that `observed` speaks of
+WINDOW = 10_000  # images that `observed` speaks of at most,
+WINDOW_S = 3600.0  # none of them so many seconds older than the traffic of late: what is over is over
 DEFAULT_SLACK = 0.005  # accuracy given up against the knee, where no operator has spoken yet
 
 
@@ -61,7 +62,8 @@ class Quantiles:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What the last images under this budget did, at most WINDOW of them; all are counted, steered or degraded too."""
+    """What the last images under this budget did, at most WINDOW of them and of the last WINDOW_S seconds with traffic;
+    all are counted, steered or degraded too."""
 
     images: int
     gmacs: float | None
@@ -127,6 +129,9 @@ class Solution:
     mix: bool = False  # a mixture that costs just what is wanted, not the row below it
     latency: tuple[float, float] | None = None  # seconds and quantile that the latency loop holds
     pinned: bool = False  # an operator wants these thresholds to stay, also under overload
+
+    def same_target(self, other: Solution) -> bool:
+        return (self.target, self.hold, self.mix) == (other.target, other.hold, other.mix)
 
 
 def solve(
@@ -234,12 +239,14 @@ class BudgetController:
         self._store = store
         self._control = Control(machine) if machine is not None else None
         self._gmacs = [row.gmacs for row in frontier.rows]
+        self._now = 0.0  # at the last tick
         self._ceiling: int | None = None  # the dearest row that an overload leaves
         self._callbacks = [on_change] if on_change else []
         self._syncing: asyncio.Task[None] | None = None
         self._synced = True
-        version, solution = self._first()
-        self._adopt(version, solution)
+        self._loop: CostLoop | None = None
+        version, self._solution = self._first()
+        self._adopt(version, self._solution)
 
     @property
     def point(self) -> OperatingPoint:
@@ -300,6 +307,7 @@ class BudgetController:
 
     def tick(self, now: float, load: Load) -> None:
         """Let the loops that need a clock look at the queues. Every `Brownout.TICK` seconds while there is traffic."""
+        self._now = self._window.now = now
         if self._control is None:
             return
         row, ceiling = self._control.tick(now, load, self._row_of(self._wanted()))
@@ -381,9 +389,10 @@ class BudgetController:
         try:
             while not self._synced:
                 self._synced = True
-                await asyncio.to_thread(self._store.sync)
-        except StoreUnavailable as error:
-            log.warning("the budget would not outlive a power failure: %s", error.detail)
+                try:
+                    await asyncio.to_thread(self._store.sync)
+                except StoreUnavailable as error:  # what was put meanwhile may fare better
+                    log.warning("the budget would not outlive a power failure: %s", error.detail)
         finally:
             self._syncing = None
 
@@ -402,12 +411,14 @@ class BudgetController:
             await self._syncing
 
     def _adopt(self, version: int, solution: Solution) -> None:
-        self._solution = solution
-        self._put_in_force(version, solution.setting)
-        self._window = _Window(self._frontier.stage_gmacs)
-        self._loop: CostLoop | None = None
-        if solution.held_gmacs is not None:
-            self._loop = CostLoop(self._frontier.rows, self._frontier.stage_gmacs, solution.held_gmacs)
+        # Who asks again for what is held, as what keeps a wanted state does, finds it as the loop has moved it.
+        again = self._loop is not None and solution.same_target(self._solution)
+        if not again:
+            self._solution, self._loop = solution, None
+            if solution.held_gmacs is not None:
+                self._loop = CostLoop(self._frontier.rows, self._frontier.stage_gmacs, solution.held_gmacs)
+        self._put_in_force(version, self._wanted() if again else solution.setting)
+        self._window = _Window(self._frontier.stage_gmacs, self._now)
         if self._control is not None:
             self._control.aim_at(*(solution.latency or (None,)))
         if solution.pinned:
@@ -425,26 +436,31 @@ class BudgetController:
 
 
 class _Window:
-    """The exits and latencies of the last WINDOW images. Two array writes per image; all sums wait for a reader."""
+    """The exits and latencies of the last images. Three array writes per image; all sums wait for a reader."""
 
-    def __init__(self, stage_gmacs: tuple[float, ...]) -> None:
+    def __init__(self, stage_gmacs: tuple[float, ...], now: float) -> None:
+        self.now = now  # as it was last told, no more than a tick ago while there is traffic
         self._stage_gmacs = stage_gmacs
         self._exits = np.zeros(WINDOW, dtype=np.uint8)
         self._seconds = np.zeros(WINDOW, dtype=np.float32)
+        self._when = np.zeros(WINDOW)
         self._count = 0
 
     def add(self, exit: int, seconds: float) -> None:
         at = self._count % WINDOW
         self._exits[at] = exit
         self._seconds[at] = seconds
+        self._when[at] = self.now
         self._count += 1
 
     def observed(self) -> Observed:
-        images = min(self._count, WINDOW)
+        young = self._when[: min(self._count, WINDOW)] > self.now - WINDOW_S
+        images = int(np.count_nonzero(young))
         if not images:
             return Observed(0, None, None, Quantiles(None, None))
-        fractions = np.bincount(self._exits[:images] - 1, minlength=len(self._stage_gmacs)) / images
-        p50, p99 = np.quantile(self._seconds[:images], (0.5, 0.99)) * 1000
+        exits, seconds = self._exits[: len(young)][young], self._seconds[: len(young)][young]
+        fractions = np.bincount(exits - 1, minlength=len(self._stage_gmacs)) / images
+        p50, p99 = np.quantile(seconds, (0.5, 0.99)) * 1000
         return Observed(
             images,
             round(float(fractions @ np.asarray(self._stage_gmacs)), 9),

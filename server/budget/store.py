@@ -105,6 +105,7 @@ class FileStore:
         self.path = Path(path)
         self._new = self.path.with_name(f"{self.path.name}.new")
         self._saved = ""
+        self._given_up = False
         self._lock = _lock(self.path.with_name(f"{self.path.name}.lock"), wait_s)
 
     def load(self) -> Policy | None:
@@ -123,6 +124,8 @@ class FileStore:
         return max(policies, key=lambda policy: policy.version, default=None)
 
     def save(self, policy: Policy) -> None:
+        if self._given_up:  # whoever owns it now has the version that this one would have
+            raise StoreUnavailable("the budget could not be stored: its folder was given up to the next server")
         text = json.dumps(asdict(policy), sort_keys=True, allow_nan=False)
         _overwrite(self._new, text)
         self._saved = text
@@ -139,6 +142,7 @@ class FileStore:
             log.warning("%s: the folder could not be synced: %s", self.path.parent, error)
 
     def close(self) -> None:
+        self._given_up = True
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -87,6 +87,14 @@ def test_a_checkout_is_held_against_this_one(run: Run) -> None:
     assert results["figures"]["lone_ratio"] > 0
 
 
+def test_previews_are_asked_for_beside_others(run: Run) -> None:
+    short = ("--records", "300", "--window", "40", "--lone", "8", "--seconds", "0.3", "--rate", "20")
+    results = run("previews", *short, "--before", str(Path(__file__).resolve().parents[2]))
+    assert results["broken"] == []
+    assert results["figures"]["before_300_records_more_ms"] != results["figures"]["now_300_records_more_ms"]
+    assert results["figures"]["now_300_records_previews_per_s"] > 0
+
+
 def test_hostile_files_get_what_their_manifest_expects(run: Run, tmp_path: Path) -> None:
     from benchmarks.photos import photo
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from server.budget.control import Machine
-from server.budget.controller import AIM_BAND, DEFAULT_SLACK, WINDOW, BudgetController, solve
+from server.budget.controller import AIM_BAND, DEFAULT_SLACK, WINDOW, WINDOW_S, BudgetController, solve
 from server.budget.loops import CostLoop
 from server.budget.store import FileStore, MemoryStore, Policy
 from server.bundle.frontier import Frontier, upper_hull
@@ -116,12 +119,12 @@ async def test_a_budget_in_accuracy_takes_the_cheapest_row_that_reaches_it(front
 
 async def test_thresholds_are_taken_as_given_with_or_without_the_last(frontier: Frontier) -> None:
     budget = BudgetController(frontier, MemoryStore())
-    for given in ([0.92, 0.71], [0.92, 0.71, 0], [1, 2.0]):
-        state = await budget.put({"thresholds": given}, "cost")
-        assert state.thresholds == (*given[:2], 0.0)
-        assert state.target == {"thresholds": given}
+    for thresholds in ([0.92, 0.71], [0.92, 0.71, 0], [1, 2.0]):
+        state = await budget.put({"thresholds": thresholds}, "cost")
+        assert state.thresholds == (*thresholds[:2], 0.0)
+        assert state.target == {"thresholds": thresholds}
         assert state.hold == "quality", "thresholds that an operator set do not follow the traffic"
-        assert state.predicted.gmacs == frontier.predict(given).gmacs
+        assert state.predicted.gmacs == frontier.predict(thresholds).gmacs
 
 
 async def test_a_budget_above_the_knee_is_clamped_to_it_and_says_so(frontier: Frontier) -> None:
@@ -296,6 +299,37 @@ async def test_a_disk_that_fails_behind_the_answer_is_told_to_the_log(
     await budget.close()
 
 
+async def test_a_budget_that_came_while_the_disk_failed_is_synced_all_the_same(frontier: Frontier) -> None:
+    class FailingOnce(SlowDisk):
+        failed = False
+
+        def sync(self) -> None:
+            super().sync()
+            if not self.failed:
+                self.failed = True
+                raise StoreUnavailable("a cable was loose")
+
+    store = FailingOnce()
+    budget = BudgetController(frontier, store)
+    await budget.put({"gmacs": 1.0})
+    await asyncio.sleep(0)  # the disk is at the first when the second comes
+    await budget.put({"gmacs": 1.2})
+    store.gate.set()
+    await budget.close()
+    assert store.synced[1:] == [Policy(3, {"gmacs": 1.2}, "cost")]
+
+
+async def test_once_the_state_is_given_up_nothing_is_stored_nor_changed(frontier: Frontier, tmp_path: Path) -> None:
+    """The next server owns it by now, and has handed out the next version."""
+    budget = BudgetController(frontier, FileStore(tmp_path / "budget.json"))
+    budget.release()
+    before = budget.state()
+    with pytest.raises(StoreUnavailable, match="given up"):
+        await budget.put({"gmacs": 1.0})
+    assert budget.state() == before
+    assert FileStore(tmp_path / "budget.json").load() is None
+
+
 async def test_a_mixed_budget_meets_its_cost_exactly_by_two_sets_of_thresholds(frontier: Frontier) -> None:
     budget = BudgetController(frontier, MemoryStore())
     mixture = frontier.mixture(1.0)
@@ -448,6 +482,23 @@ def test_observed_looks_back_over_a_bounded_window(frontier: Frontier) -> None:
     observed = budget.state().observed
     assert (observed.images, observed.gmacs, observed.exit_fractions) == (WINDOW, GMACS[0], (1, 0, 0))
     assert observed.latency_ms.p99 == pytest.approx(1)
+
+
+def test_observed_forgets_what_is_long_over(frontier: Frontier) -> None:
+    """A bad hour does not stay in the p99 of a quiet server for weeks."""
+    budget, nothing = BudgetController(frontier, MemoryStore()), Load((0, 0, 0), (0, 0, 0), 0, 64)
+    budget.tick(1e6, nothing)
+    for _ in range(100):
+        budget.observe(answer(budget, 3), 5.0, steered=False)
+    assert budget.state().observed.latency_ms.p99 == pytest.approx(5000)
+    for later in (WINDOW_S / 2, WINDOW_S - 1, WINDOW_S + 1):
+        budget.tick(1e6 + later, nothing)
+        budget.observe(answer(budget, 1), 0.01, steered=False)
+    observed = budget.state().observed
+    assert (observed.images, observed.gmacs, observed.exit_fractions) == (3, GMACS[0], (1.0, 0.0, 0.0))
+    assert observed.latency_ms.p99 == pytest.approx(10)
+    budget.tick(1e6 + 3 * WINDOW_S, nothing)
+    assert budget.state().observed.images == 0, "traffic, and nothing answered"
 
 
 @pytest.mark.parametrize("gmacs", [0.8, 1.5])
@@ -640,6 +691,37 @@ async def test_a_latency_target_survives_a_restart_before_the_profile_is_known(f
     assert found == pytest.approx(wanted, rel=2 * AIM_BAND)
 
 
+@pytest.mark.parametrize("mix", [False, True])
+async def test_who_asks_again_for_what_is_held_resets_nothing_that_was_learned(frontier: Frontier, mix: bool) -> None:
+    """Whatever keeps a server at a wanted state by asking for it every minute is no harder traffic."""
+    budget = BudgetController(frontier, MemoryStore())
+    confidence, _ = traffic(30_000, seed=2, harder=0.7)
+    await budget.put({"gmacs": 1.0}, mix=mix)
+    costs = []
+    for images in np.array_split(confidence, 40, axis=1):
+        before = budget.point
+        state = await budget.put({"gmacs": 1}, mix=mix)
+        assert (state.version, state.thresholds) == (before.version + 1, before.thresholds)
+        costs.append(serve(budget, images))
+    assert np.concatenate(costs[-20:]).mean() == pytest.approx(1.0, rel=0.02)
+    other = await budget.put({"gmacs": 1.0}, "quality", mix=mix)
+    assert other.thresholds != before.thresholds, "another hold is another budget"
+    assert (await budget.put({"gmacs": 1.0}, mix=mix)).thresholds == other.thresholds
+
+
+async def test_who_asks_again_for_a_latency_resets_nothing_that_was_learned(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    await loaded.budget.put({"latency_ms": 60})
+    loaded.tick(rate=200)
+    for image in range(5000):  # harder traffic than calibration saw
+        harder = answer(loaded.budget, 3 if image % 2 else 1, in_engine=0.03)
+        loaded.budget.observe(harder, 0.03, steered=False)
+    loaded.tick(rate=200)
+    before = loaded.budget.state().thresholds
+    assert before != solve(frontier, {"latency_ms": 60}, machine=loaded.machine).setting.thresholds
+    assert (await loaded.budget.put({"latency_ms": 60.0})).thresholds == before
+
+
 @pytest.mark.parametrize("target", [{"thresholds": [0.9, 0.9]}, {"gmacs": 1.5}, {"accuracy": 0.8}])
 async def test_thresholds_that_an_operator_wants_to_stay_do_so_under_overload(
     frontier: Frontier, target: dict[str, Any]
@@ -680,3 +762,76 @@ async def test_the_cost_loop_learns_nothing_under_a_ceiling(frontier: Frontier) 
         loaded.budget.observe(answer(loaded.budget, 1), 0.01, steered=False)
     loaded.tick(seconds=10, rate=50)
     assert loaded.budget.state().thresholds == before
+
+
+# -- whatever comes
+
+NUMBERS = st.sampled_from([0, -1, 1e-300, GMACS[0], 0.6, 1.0, 2.5, 60, 1e4, 1e308]) | st.floats(0, 3)
+TARGETS = st.one_of(
+    st.builds(lambda name, value: {name: value}, st.sampled_from(["gmacs", "accuracy", "latency_ms"]), NUMBERS),
+    st.builds(lambda value, q: {"latency_ms": value, "quantile": q}, NUMBERS, st.floats(0.5, 0.999)),
+    st.lists(st.floats(0, 1) | st.just(2.0), min_size=2, max_size=2).map(lambda given: {"thresholds": given}),
+)
+EVENTS = st.one_of(
+    st.tuples(st.just("put"), TARGETS, st.sampled_from(["cost", "quality"]), st.booleans()),
+    st.tuples(st.just("answered"), st.sampled_from([1, 20, 600]), st.integers(1, 3), st.floats(0, 100), st.booleans()),
+    st.tuples(st.just("tick"), st.sampled_from([0.05, 0.0, -1.0, 1e6]), st.integers(0, 500), st.floats(0, 30)),
+    st.tuples(st.just("rest")),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1, 2, 5, 255]),
+    st.booleans(),
+    st.booleans(),
+    st.lists(EVENTS, max_size=60),
+)
+def test_whatever_comes_the_budget_stays_on_the_frontier_and_can_be_told(
+    frontier: Frontier, seed: int, rows: int, has_records: bool, has_profile: bool, events: list[tuple[Any, ...]]
+) -> None:
+    """Also with few rows, a clock that jumps, and answers that take no time or minutes."""
+    chosen = sorted(np.random.default_rng(seed).permutation(len(frontier.rows))[:rows])
+    few = replace(
+        frontier, rows=tuple(frontier.rows[at] for at in chosen), records=frontier.records if has_records else None
+    )
+    told: list[OperatingPoint] = []
+    machine = Machine(few.rows, (8, 4, 2), 2)
+    budget = BudgetController(few, MemoryStore(), told.append, machine)
+    if has_profile:
+        machine.profile = LiveProfile(LatencyProfile.lines((0.001, 0.001, 0.001), (0.002, 0.004, 0.008)))
+
+    async def happen() -> None:
+        now, on_the_frontier = 0.0, {row.thresholds for row in few.rows}
+        for event in events:
+            before = budget.point
+            match event:
+                case "put", target, hold, mix:
+                    try:
+                        state = await budget.put(target, hold, mix=mix)
+                    except (BudgetInfeasible, InvalidRequest):
+                        assert budget.point == before
+                        continue
+                    assert state.version == before.version + 1
+                case "answered", images, exit, seconds, degraded:
+                    for _ in range(images):
+                        budget.observe(answer(budget, exit, degraded=degraded), seconds, steered=False)
+                case "tick", passed, waiting, patience:
+                    now += passed
+                    machine.arrived(waiting, patience)
+                    budget.tick(now, Load((waiting, waiting // 2, 0), (0, 0, 0), 0, 64))
+                case _:
+                    machine.rest()
+            state, point = budget.state(), budget.point
+            assert point == before or point == told[-1]
+            json.dumps(asdict(state), allow_nan=False)
+            assert 0 <= state.pressure < 1
+            pinned = "thresholds" in state.target
+            assert pinned or point.thresholds in on_the_frontier
+            assert point.mix is None or (point.mix.thresholds in on_the_frontier and 0 <= point.mix.share <= 1)
+            if pinned:
+                assert point.thresholds[:2] == tuple(state.target["thresholds"])
+        await budget.close()
+
+    asyncio.run(happen())

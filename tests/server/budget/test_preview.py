@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from server.budget.controller import solve
+from server.budget.controller import Prediction, Setting, Solution, solve
+from server.budget.drift import bins_of, quantile_edges
 from server.budget.loops import CostLoop
-from server.budget.preview import post_stratify, preview
-from server.bundle.frontier import Frontier, Records, evaluate_thresholds
+from server.budget.preview import BINS, Preview, Previewer
+from server.bundle.frontier import NEVER, Frontier, FrontierRow, Mixture, Records, evaluate_thresholds, upper_hull
 from server.calibration.sweep import sweep
-from server.core import Floats, OperatingPoint
+from server.core import Floats, Mix, OperatingPoint
+from server.errors import BudgetInfeasible
 
 GMACS = (0.5, 1.0, 2.0)
 PRESENT = OperatingPoint(1, (0.9, 0.8, 0.0))
+PRESENT_OF_TWO = OperatingPoint(1, (0.9, 0.0))
 
 
 def traffic(count: int, seed: int, harder: float = 0.0) -> tuple[Floats, NDArray[np.bool_]]:
@@ -36,6 +42,10 @@ def traffic(count: int, seed: int, harder: float = 0.0) -> tuple[Floats, NDArray
 def frontier() -> Frontier:
     confidence, correct = traffic(16_000, seed=0)
     return sweep(confidence[:2], correct, GMACS)
+
+
+def preview(frontier: Frontier, solution: Solution, present: OperatingPoint, window: Floats) -> Preview:
+    return Previewer(frontier).preview(solution, present, window)
 
 
 @pytest.mark.parametrize("harder", [-1.0, 0.0, 1.0])
@@ -137,17 +147,121 @@ def test_a_mixture_is_told_as_the_mean_of_its_two_sides(frontier: Frontier) -> N
     assert found.traffic.target.accuracy == pytest.approx(solution.setting.predicted.accuracy, abs=1e-6)
 
 
+# --- against the direct computation: every record has its weight ------------------------------------------------------
+
+
+def weights_of(sample: Floats, population: Floats) -> NDArray[np.float64]:
+    """(N,) weights that spread a sample (N,) over its own quantile bins as a population (n,) is."""
+    edges = quantile_edges(sample, BINS)
+    bins = bins_of(sample, edges)
+    shares = np.bincount(bins_of(population, edges), minlength=len(edges) + 1) / len(population)
+    weights: NDArray[np.float64] = (shares / np.bincount(bins))[bins]
+    return weights
+
+
+def directly(records: Records, weights: NDArray[np.float64], thresholds: Sequence[float]) -> Prediction:
+    """Image by image, each compared as it is."""
+    sure = records.confidence.astype(np.float64) >= np.array(thresholds[:-1])[:, None]
+    taken = np.where(sure.any(axis=0), sure.argmax(axis=0), len(sure))
+    fractions = np.bincount(taken, weights, minlength=len(sure) + 1)
+    accuracy = float(weights @ records.correct[taken, range(len(taken))])
+    return Prediction(accuracy, float(fractions @ np.array(GMACS)), tuple(fractions.tolist()))
+
+
+def held_directly(frontier: Frontier, gmacs: float, mix: bool, weights: NDArray[np.float64]) -> Setting:
+    def cost(row: FrontierRow) -> float:
+        predicted = directly(frontier.records, weights, row.thresholds)
+        assert predicted.gmacs is not None
+        return round(predicted.gmacs, 9)
+
+    rows = upper_hull(frontier.rows) if mix else frontier.rows
+    at = max(0, bisect_right(rows, gmacs, key=cost) - 1)
+    if not mix:
+        return Setting.of(rows[at])
+    cheaper, dearer = rows[at], rows[min(at + 1, len(rows) - 1)]
+    low, high = cost(cheaper), cost(dearer)
+    return Setting.of_mixture(Mixture(cheaper, dearer, (gmacs - low) / (high - low) if low < gmacs < high else 0.0))
+
+
+THRESHOLD = st.one_of(st.sampled_from([0.0, 0.5, 1.0, NEVER, 1e-300, 0.1, 1 / 3]), st.floats(0, 1))
+THRESHOLDS = st.tuples(THRESHOLD, THRESHOLD).map(list)
+TARGETS = st.one_of(
+    st.floats(0.5, 2.5).map(lambda gmacs: ({"gmacs": gmacs}, "cost", False)),
+    st.floats(0.5, 2.5).map(lambda gmacs: ({"gmacs": gmacs}, "cost", True)),
+    st.floats(0.5, 2.5).map(lambda gmacs: ({"gmacs": gmacs}, "quality", True)),
+    st.floats(0, 0.5).map(lambda accuracy: ({"accuracy": accuracy}, "cost", False)),
+    THRESHOLDS.map(lambda thresholds: ({"thresholds": thresholds}, "quality", False)),
+)
+POINTS = st.builds(
+    lambda cheaper, dearer, share: OperatingPoint(3, (*cheaper, 0.0), dearer and Mix((*dearer, 0.0), share)),
+    THRESHOLDS,
+    st.none() | THRESHOLDS,
+    st.floats(0, 1),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1, 2, 49, 50, 51, 700]),
+    st.sampled_from([3, 20, 2**24]),
+    TARGETS,
+    POINTS,
+    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60),
+)
+def test_tables_say_what_the_weighted_records_say(
+    seed: int,
+    count: int,
+    values: int,
+    asked: tuple[dict[str, Any], str, bool],
+    present: OperatingPoint,
+    window: list[float],
+) -> None:
+    """For any records (also few, and with many ties), window, target and point in force."""
+    rng = np.random.default_rng(seed)
+    confidence = (rng.integers(0, values, (3, count)) / values).astype(np.float32)
+    frontier = sweep(confidence[:2], rng.random((3, count)) < confidence, GMACS)
+    target, hold, mix = asked
+    try:
+        solution = solve(frontier, target, hold, mix)
+    except BudgetInfeasible:
+        return
+    population = np.array(window, np.float32)
+    traffic = preview(frontier, solution, present, population).traffic
+    assert traffic is not None
+    weights = weights_of(frontier.records.confidence[0], population)
+    wanted: Setting | OperatingPoint = solution.setting
+    if solution.held_gmacs is not None:
+        wanted = held_directly(frontier, solution.held_gmacs, mix, weights)
+        if wanted.mix is None or traffic.mix is None:
+            assert (traffic.thresholds, traffic.mix) == (wanted.thresholds, wanted.mix)
+        else:
+            assert (traffic.thresholds, traffic.mix.thresholds) == (wanted.thresholds, wanted.mix.thresholds)
+            assert traffic.mix.share == pytest.approx(wanted.mix.share, abs=1e-6)
+    for told, point in ((traffic.target, wanted), (traffic.present, present)):
+        assert told.exit_fractions is not None
+        sides = [(1.0, point.thresholds)]
+        if point.mix is not None:
+            sides = [(1 - point.mix.share, point.thresholds), (point.mix.share, point.mix.thresholds)]
+        means = np.zeros(5)
+        for share, thresholds in sides:
+            one = directly(frontier.records, weights, thresholds)
+            assert one.exit_fractions is not None
+            means += share * np.array([one.accuracy, one.gmacs, *one.exit_fractions])
+        assert [told.accuracy, told.gmacs, *told.exit_fractions] == pytest.approx(means, abs=1.1e-6)
+
+
 CONFIDENCES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=200)
 
 
 @given(CONFIDENCES, CONFIDENCES)
-def test_weights_are_a_distribution_whatever_the_two_look_like(sample: list[float], population: list[float]) -> None:
-    weights = post_stratify(np.array(sample, np.float32), np.array(population, np.float32))
-    assert np.all(weights >= 0)
-    assert weights.sum() == pytest.approx(1)
-
-
-@given(CONFIDENCES)
-def test_a_sample_that_is_the_population_keeps_equal_weights(sample: list[float]) -> None:
-    array = np.array(sample, np.float32)
-    assert post_stratify(array, array) == pytest.approx(np.full(len(array), 1 / len(array)))
+def test_all_weights_together_are_one_whatever_records_and_window_look_like(
+    sample: list[float], window: list[float]
+) -> None:
+    confidence = np.array(sample, np.float32)
+    everywhere = np.ones((2, len(sample)), np.bool_)
+    frontier = sweep(confidence[None], everywhere, GMACS[:2])
+    found = preview(frontier, solve(frontier, {"thresholds": [0.5]}), PRESENT_OF_TWO, np.array(window, np.float32))
+    assert found.traffic is not None
+    assert found.traffic.target.accuracy == 1.0
+    assert sum(found.traffic.target.exit_fractions or ()) == pytest.approx(1, abs=2e-6)

@@ -44,6 +44,8 @@ def test_json_gives_the_same_frontier_back_and_stays_small() -> None:
         ("rows", None, "not a frontier"),
         ("stage_gmacs", [0.1, 0.2], "records: sizes do not fit|does not have 2 thresholds"),
         ("exit_accuracy", [0.5], "exit_accuracy"),
+        ("stage_gmacs", [0.1, 0.2, 0.2], "do not rise from above 0"),
+        ("stage_gmacs", [0.0, 0.2, 0.3], "do not rise from above 0"),
         ("source", "hearsay", "source 'hearsay' is none of calibration, imported"),
         ("records", {"count": 3, "confidence": "AAAA", "correct": "AA=="}, "."),
     ],
@@ -120,6 +122,8 @@ def test_rows_out_of_order_or_not_finite_are_refused() -> None:
     rows = json.loads(solved(50).to_json())["rows"]
     with pytest.raises(ValueError, match="do not rise"):
         Frontier.from_json(changed(solved(50), rows=rows[::-1]))
+    with pytest.raises(ValueError, match="row 0 costs nothing"):
+        Frontier.from_json(changed(solved(50), rows=[{**rows[0], "gmacs": 0.0}, *rows[1:]]))
     with pytest.raises(ValueError, match="JSON"):
         Frontier.from_json(changed(solved(50), rows=[{**rows[0], "accuracy": float("nan")}, *rows[1:]]))
     with pytest.raises(ValueError, match="not readable as JSON"):

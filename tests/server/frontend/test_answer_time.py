@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,39 +13,58 @@ from server.engines.fake import FakeEngine
 from server.frontend.answer_time import AnswerTime
 
 
+def tell(answers: AnswerTime, waits: Iterable[float], since: float = 0.0) -> None:
+    """Answers that waited so long, one after the other."""
+    for number, wait in enumerate(waits):
+        decided = since + 1000.0 * number
+        answers.observe(decided, decided + wait)
+
+
 @pytest.mark.parametrize("scale", [0.001, 0.03])
 def test_it_learns_the_time_that_nearly_all_answers_need(scale: float) -> None:
     answers, rng = AnswerTime(), np.random.default_rng(0)
     seconds = scale * rng.exponential(size=20_000)
-    for one in seconds[:10_000]:
-        answers.observe(one)
-    late = 0
+    tell(answers, seconds[:10_000])
+    late, since = 0, 10_000_000.0
     for one in seconds[10_000:]:
         late += one > answers.seconds
-        answers.observe(one)
+        since += 1000.0
+        tell(answers, [one], since)
     assert 0.005 <= late / 10_000 <= 0.02
 
 
-def test_a_stall_moves_it_by_a_tenth_and_nothing_beyond_its_bounds() -> None:
+def test_it_moves_within_bounds_and_takes_at_most_half_of_a_requests_time() -> None:
     answers = AnswerTime()
-    before = answers.seconds
-    answers.observe(60.0)
-    assert answers.seconds < 1.11 * before
-    for _ in range(1000):
-        answers.observe(60.0)
+    tell(answers, [60.0] * 1000)
     assert answers.seconds == pytest.approx(0.25)
     assert answers.within(1.0) == pytest.approx(0.75)
-    assert answers.within(0.1) == pytest.approx(0.05), "at most half of a request's time"
-    for _ in range(20_000):
-        answers.observe(0.0)
+    assert answers.within(0.1) == pytest.approx(0.05)
+    tell(answers, [0.0] * 20_000, since=1_000_000.0)
     assert answers.seconds == pytest.approx(0.0005)
+
+
+def test_a_stall_moves_it_by_a_tenth_however_many_answers_waited_for_it() -> None:
+    answers = AnswerTime()
+    tell(answers, [0.0001] * 100)
+    before = answers.seconds
+    for number in range(64):  # decided while the loop stood still for a second; then one after the other
+        answers.observe(200_000.0 + number / 64, 200_001.0 + number / 10_000)
+    tell(answers, [0.0001] * 2, since=300_000.0)
+    assert before < answers.seconds < 1.11 * before
+
+
+def test_answers_of_one_batch_count_by_the_last_of_them() -> None:
+    answers = AnswerTime()
+    for batch in range(20_000):
+        for row in range(32):
+            answers.observe(float(batch), batch + 0.0003 * (row + 1))
+    assert answers.seconds == pytest.approx(0.0096, rel=0.15)
 
 
 async def test_a_request_is_decided_before_its_clients_time_is_over(
     served: Any, engine: FakeEngine, photo: Callable[..., bytes]
 ) -> None:
-    for _ in range(100):
-        served.service.answer_time.observe(60.0)  # answers take a quarter of a second and more
+    tell(served.service.answer_time, [60.0] * 100)  # answers take a quarter of a second and more
     reserve = served.service.answer_time.seconds
     engine.gates[2].clear()
     asked = served.service.clock()

@@ -670,6 +670,27 @@ class TestTheRest:
             assert response.headers["connection"] == "close"
             assert response.headers["retry-after"]
 
+    async def test_a_budget_whose_body_comes_while_the_server_drains_is_refused(
+        self, serve: Any, tmp_path: Path
+    ) -> None:
+        async with serve(state_dir=tmp_path) as served:
+            begun, drained = asyncio.Event(), asyncio.Event()
+
+            async def slowly() -> AsyncIterator[bytes]:
+                yield b'{"gmacs":'
+                begun.set()
+                await drained.wait()
+                yield b"0.05}"
+
+            json = {"content-type": "application/json"}
+            before = served.service.budget.point
+            request = asyncio.create_task(served.http.put("/budget", content=slowly(), headers=json))
+            await begun.wait()
+            await served.service.drain(1.0)
+            drained.set()
+            problem_of(await request, 503, "draining")
+            assert served.service.budget.point == before
+
     async def test_draining_answers_what_was_accepted_also_what_was_not_yet_submitted(
         self, serve: Any, engine: FakeEngine, photo: Photo
     ) -> None:

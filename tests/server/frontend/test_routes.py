@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.core import ImageResult
+from server.bundle.manifest import Bundle
+from server.core import Answer, ImageResult, OperatingPoint
 from server.errors import InvalidRequest, VersionMismatch
-from server.frontend.routes import _if_match, predictions
+from server.frontend.routes import _if_match, predictions, shape_answer
 
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.25, 1.0]), min_size=1, max_size=40), st.integers(1, 50))
@@ -20,6 +24,29 @@ def test_the_most_probable_classes_come_first_and_equal_ones_by_class_id(values:
     assert [p["class_id"] for p in told] == expected
     assert [p["label"] for p in told] == [f"class {i}" for i in expected]
     assert [p["probability"] for p in told] == [round(float(np.float32(values[i])), 6) for i in expected]
+
+
+async def test_the_event_loop_has_turns_while_a_long_answer_is_shaped(bundle: Bundle) -> None:
+    labels = tuple(f"class {number}" for number in range(1000))
+    manifest = bundle.manifest.model_copy(update={"labels": labels})
+    probabilities = np.random.default_rng(0).random(1000, dtype=np.float32)
+    result = ImageResult(probabilities, 2, 0.9, False, 0.0, 0.0, (0.9, 0.9))
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    for images, top_k, least in ((64, 1_000_000, 63), (64, 100, 6), (1, 1000, 0), (64, 5, 0)):
+        answer = Answer(OperatingPoint(1, (0.5, 0.5, 0.0)), (result,) * images, 0.0)
+        beside, turns = asyncio.create_task(others()), 0
+        shaped = orjson.loads(orjson.dumps(await shape_answer(manifest, (1.0, 2.0, 3.0), answer, top_k, 0.001, 0.002)))
+        beside.cancel()
+        assert turns == least
+        assert len(shaped["results"]) == images
+        assert {len(one["predictions"]) for one in shaped["results"]} == {min(top_k, 1000)}
 
 
 @pytest.mark.parametrize(

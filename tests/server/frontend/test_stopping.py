@@ -259,8 +259,9 @@ async def test_a_batch_that_does_not_come_back_fails_the_probes_until_it_does(
 ) -> None:
     async with serve(stall_timeout_s=0.02) as served:
         engine.gates[1].clear()
-        late = await served.classify(photo(255), params={"timeout_ms": 10})
-        assert late.status_code == 504
+        while not served.service.batcher.out:  # on a busy machine a deadline may come before its batch
+            late = await served.classify(photo(255), params={"timeout_ms": 10})
+            assert late.status_code == 504
         while await status(served, "/livez") == 200:
             pass
         for probe in (await served.http.get("/livez"), await served.http.get("/readyz")):
@@ -288,7 +289,8 @@ async def test_a_batch_that_does_not_come_back_fails_the_probes_until_it_does(
 async def test_while_one_executor_works_requests_are_taken(serve: Any, engine: Any, photo: Photo) -> None:
     async with serve(stall_timeout_s=0.02, executors=2) as served:
         engine.gates[2].clear()
-        late = await served.classify(photo(10, 255), params={"timeout_ms": 10})
+        while not served.service.batcher.out:
+            late = await served.classify(photo(10, 255), params={"timeout_ms": 10})
         assert late.json()["results"][0]["degraded"]
         while await status(served, "/livez") == 200:
             pass
@@ -299,7 +301,8 @@ async def test_a_slow_batch_that_is_known_to_be_slow_is_no_stall(serve: Any, eng
     async with serve(stall_timeout_s=0.02) as served:
         served.service.machine.profile = LiveProfile(LatencyProfile.lines([60.0] * 3, [1.0] * 3))
         engine.gates[1].clear()
-        await served.classify(photo(255), params={"timeout_ms": 10})
+        while not served.service.batcher.out:
+            await served.classify(photo(255), params={"timeout_ms": 10})
         while await served.metric("dvt_oldest_run_seconds", threads="executor") < 0.1:
             assert await status(served, "/livez") == 200
 
@@ -325,7 +328,8 @@ async def test_a_stall_is_logged_once_and_so_is_its_end(
 ) -> None:
     async with serve(stall_timeout_s=0.02) as served:
         engine.gates[1].clear()
-        await served.classify(photo(255), params={"timeout_ms": 10})
+        while not served.service.batcher.out:
+            await served.classify(photo(255), params={"timeout_ms": 10})
         while "stalled: a batch of stage 1" not in caplog.text:
             await status(served, "/metrics")
         for _ in range(2):
