@@ -12,7 +12,7 @@ than its own? Where the last exit is calibrated, the mean of that is the accurac
   from others.
 - *Behind, but not left out.* Under load audits come in slower than requests are chosen. What waits for them holds
   pixels and has a bound; beyond it some stand for others (`Sample`), so that the estimate speaks of busy hours as of
-  quiet ones. Where the queue has no room, all wait for the next request that is chosen.
+  quiet ones. In the queue BACKGROUND has room of its own, and a small share of the device's time.
 - *In order.* Requests are counted in the order of their answers, also those with nothing to run: else a loaded server
   would count late just those that left early, and look better than it is.
 - *One observation per request*: images of one request resemble one another, and an interval that took them for
@@ -40,7 +40,7 @@ from server.bundle.frontier import NEVER
 from server.cascade.batcher import Batcher
 from server.cascade.scheduler import BACKGROUND
 from server.core import Answer, ImageResult, OperatingPoint, Pixels
-from server.errors import Draining, EngineFailed, Overloaded
+from server.errors import Draining, EngineFailed
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class Auditor:
         while (kept := self._next()) is not None:
             try:
                 agreement, gap = await self._complete(kept.item)
-            except (Overloaded, Draining):
+            except Draining:
                 return
             except EngineFailed:
                 self._metrics.audit_dropped("engine_failed")

@@ -264,6 +264,7 @@ class Scheduler:
         self._requests: SortedList[tuple[float, int, Request]] = SortedList()
         self._orders = count()
         self._credit = 0.0  # seconds that BACKGROUND may take from others; below 0 what it owes them
+        self._last_s = math.inf  # what the last batch of others took: one image takes no longer
 
     def learn(self, seconds: Seconds, policy: Policy) -> None:
         """What a batch costs is known from now on, and a policy that goes by it."""
@@ -354,7 +355,7 @@ class Scheduler:
         views = [queue.view(limit) for queue, limit in zip(self._queues, limits, strict=True)]
         # Also where new images wait for slots that only background work can free.
         idle = not any(view.ready for view in views)
-        due = self._credit > 0
+        due = self._credit > self._last_s
         stage = self._background_stage(limits) if idle or due else None
         if stage is not None:
             images = self._queues[stage - 1].take(limits[stage - 1] if idle else 1, background=True)
@@ -562,11 +563,14 @@ class Scheduler:
 
     def _give_credit(self, batch: Batch, seconds: float) -> None:
         """BACKGROUND pays for the time in which others waited for it. It saves nothing up while it has no work."""
-        if batch.images[0].request.priority < BACKGROUND:
+        if batch.images[0].request.priority == BACKGROUND:
+            if any(queue.clients for queue in self._queues):
+                self._credit -= seconds
+            return
+        self._last_s = seconds
+        if any(queue.background for queue in self._queues):
             self._credit += BACKGROUND_SHARE * seconds
-        elif any(queue.clients for queue in self._queues):
-            self._credit -= seconds
-        if not any(queue.background for queue in self._queues):
+        else:
             self._credit = min(0.0, self._credit)
 
     # -- bounds

@@ -759,7 +759,7 @@ class Histories(RuleBasedStateMachine):
         queued = [image for image in live if image.result is None and image not in running]
         waiting = Counter(image.stage for image in queued if image.request.priority != BACKGROUND)
         hidden = Counter(image.stage for image in queued if image.request.priority == BACKGROUND)
-        due = self.cascade.scheduler._credit > 0
+        due = self.cascade.scheduler._credit > self.cascade.scheduler._last_s
         batch = self.cascade.scheduler.schedule(self.cascade.now)
         free = load.max_slots - load.slots
         if batch is None:
