@@ -111,6 +111,9 @@ class Batcher:
     def load(self) -> Load:
         return self._scheduler.load
 
+    def deadlines(self, least: Priority) -> list[list[float]]:
+        return self._scheduler.deadlines(least)
+
     @property
     def out(self) -> list[Batch]:
         """The batches that are in the engine, the oldest first."""

@@ -214,6 +214,10 @@ class _Queue:
     def __len__(self) -> int:
         return self._images
 
+    def deadlines(self, least: Priority) -> list[float]:
+        """Of the images of this priority or a higher one, in no order."""
+        return [image.request.deadline for part in self._by_priority[: least + 1] for image in part]
+
     def __contains__(self, image: Image) -> bool:
         return image in self._by_priority[image.request.priority]
 
@@ -301,6 +305,10 @@ class Scheduler:
             slots=self._slots(),
             max_slots=self._max_slots,
         )
+
+    def deadlines(self, least: Priority) -> list[list[float]]:
+        """By stage, those of the images that wait with this priority or a higher one; in no order."""
+        return [queue.deadlines(least) for queue in self._queues]
 
     def next_deadline(self) -> float | None:
         """When `expire` will next have something to do."""
