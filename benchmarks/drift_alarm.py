@@ -67,8 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
 class Watched(Steered):
     """A simulation with a live budget in charge and a drift alarm beside it."""
 
-    def __init__(self, frontier: Frontier, setup: Setup, times: NDArray[np.float64], rows: NDArray[np.int64]) -> None:
-        super().__init__(frontier, setup, times, rows)
+    def __init__(
+        self,
+        frontier: Frontier,
+        setup: Setup,
+        times: NDArray[np.float64],
+        rows: NDArray[np.int64],
+        deadlines: NDArray[np.float64] | None = None,
+    ) -> None:
+        super().__init__(frontier, setup, times, rows, deadlines=deadlines)
         budget = self.budget
         self.drift = Drift(
             frontier.records, frontier.samples, lambda: budget.predicted.exit_fractions, self.simulation.point
@@ -117,8 +124,8 @@ def hurried(report: Report, options: Options) -> None:
             times = arrivals.poisson(rate, 1.05 * images / rate, options.seed + 1)[:images]
             rows = cascades.draw(records, len(times), options.seed + 2, correlation=correlation)
             rushed = np.random.default_rng(options.seed + 3).random(len(times)) < share
-            watched = Watched(frontier, setup, times, rows)
-            watched.simulation.deadlines = times + np.where(rushed, HURRIED_S, PATIENT_S)
+            deadlines = times + np.where(rushed, HURRIED_S, PATIENT_S)
+            watched = Watched(frontier, setup, times, rows, deadlines)
             trace = watched.simulation.run()
             figures = found[f"{share:g}/{correlation:g}"] = {
                 "overall": _cost(trace, trace.exit > 0),

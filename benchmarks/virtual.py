@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from server.bundle.frontier import Records
 from server.bundle.profile import LatencyProfile
-from server.cascade.scheduler import Batch, Load, Outcome, Policy, Request, Scheduler
+from server.cascade.scheduler import NORMAL, Batch, Load, Outcome, Policy, Priority, Request, Scheduler
 from server.core import Answer, OperatingPoint, Slot, StageBatch, StageOutput
 from server.engines.slots import SlotTable
 from server.errors import DeadlineExceeded, Overloaded
@@ -196,7 +196,8 @@ class Ticks:
 
 @dataclass(eq=False)
 class Simulation:
-    """One run. `arrivals` (N,) seconds, rising; `rows` (N,) which record each of them is.
+    """One run. `arrivals` (N,) seconds, rising; `rows` (N,) which record each of them is. `deadlines` (N,), on the
+    clock of the arrivals, and `priorities` where they are not the same for all.
 
     A policy that waits on purpose has a method `wake(now)`: when it wants to be asked again. `on_answer` hears of every
     answer, with the seconds it took; together with `retune` that is what a budget controller needs. The run ends when
@@ -212,12 +213,16 @@ class Simulation:
     give_up_after: float = math.inf
     point: OperatingPoint | None = None  # by default the setup's thresholds
     deadlines: NDArray[np.float64] | None = None  # (N,) when, in absolute seconds; by default the setup's
+    priorities: Sequence[Priority] | None = None  # (N,) by default NORMAL
     missed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         setup, images = self.setup, len(self.arrivals)
         if len(self.rows) != images or not images:
             raise ValueError(f"{images} arrivals and {len(self.rows)} records to come")
+        deadlines = self.arrivals + setup.deadline_s if self.deadlines is None else self.deadlines
+        self._deadlines = deadlines.tolist()
+        self._shortest = float((deadlines - self.arrivals).min())
         self.engine = VirtualEngine(setup, self.rows)
         self.scheduler = Scheduler(
             self.point or OperatingPoint(1, setup.thresholds),
@@ -242,9 +247,7 @@ class Simulation:
         self._carry_out(self.scheduler.retune(point, self.now))
 
     def run(self) -> Trace:
-        scheduler, times, horizon = self.scheduler, self.arrivals.tolist(), self.setup.deadline_s
-        if self.deadlines is not None:
-            horizon = float((self.deadlines - self.arrivals).min())
+        scheduler, times = self.scheduler, self.arrivals.tolist()
         wake = getattr(self.policy, "wake", None)
         running: list[tuple[float, int, Batch]] = []  # by when they end
         order = count()
@@ -266,7 +269,7 @@ class Simulation:
                 self.ticks.act(now, scheduler.load)
                 tick += self.ticks.period_s
             # While nothing is idle an arrival only queues: all of them up to the next other event in one go.
-            until = now if idle else min(now + horizon, running[0][0], tick, deadline)
+            until = now if idle else min(now + self._shortest, running[0][0], tick, deadline)
             while arrived < images and (times[arrived] <= now or times[arrived] < until):
                 self._admit(arrived, times[arrived])
                 arrived += 1
@@ -284,14 +287,19 @@ class Simulation:
 
     def _admit(self, number: int, now: float) -> None:
         one: Any = number  # what the engine takes for pixels; the scheduler does not look inside
-        deadline = now + self.setup.deadline_s if self.deadlines is None else float(self.deadlines[number])
         try:
-            request, _ = self.scheduler.admit([one], now, deadline=deadline)
+            request, outcome = self.scheduler.admit(
+                [one],
+                now,
+                deadline=self._deadlines[number],
+                priority=NORMAL if self.priorities is None else self.priorities[number],
+            )
         except (Overloaded, DeadlineExceeded):
             self._fate[number] = Fate.REFUSED
             self.missed += 1
         else:
             self._number[request] = number
+            self._carry_out(outcome)
 
     def _carry_out(self, outcome: Outcome) -> None:
         if outcome.freed:

@@ -341,7 +341,11 @@ class _Live(Collector):
                 "Half of p99 over p50 of a loaded server, as latency budgets have learned it.",
                 now.get("kappa") if profile else None,
             ),
-            ("dvt_arrival_rate", "Images that are asked for in a second, refused or not.", now.get("arrival_rate")),
+            (
+                "dvt_arrival_rate",
+                "Images that are asked for in a second, refused or not; not of low priority.",
+                now.get("arrival_rate"),
+            ),
             ("dvt_slots_in_use", "Images whose reuse state is kept between stages.", now.get("slots_in_use")),
             ("dvt_connections", "Connections open.", now.get("connections")),
             ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),

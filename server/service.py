@@ -33,7 +33,7 @@ from server.bundle.profile import LiveProfile
 from server.calibration.profiling import kept_profile, profile_at_start
 from server.cascade.batcher import Batcher
 from server.cascade.policy import DeepestRipe
-from server.cascade.scheduler import Priority, Scheduler
+from server.cascade.scheduler import LOW, NORMAL, Priority, Scheduler
 from server.core import Engine, ImageResult
 from server.errors import Draining, Overloaded
 from server.frontend.answer_time import AnswerTime
@@ -94,7 +94,9 @@ class Service:
             model=manifest.name, version=manifest.version, release=release(), stage_gmacs=manifest.stage_gmacs
         )
         self.batch_sizes = _batch_sizes(settings, bundle, engine)
-        self.machine = Machine(bundle.frontier.rows, self.batch_sizes, settings.executors)
+        self.machine = Machine(
+            bundle.frontier.rows, self.batch_sizes, settings.executors, places=settings.max_queued_images
+        )
         self.budget = BudgetController(bundle.frontier, _store(settings, bundle), machine=self.machine)
         self.previewer = Previewer(bundle.frontier)
         self.scheduler = Scheduler(
@@ -157,7 +159,7 @@ class Service:
                 threads: sum(one.stalled for one in found) for threads, found in self._by_threads().items()
             },
             profile=lambda: self.machine.profile,
-            kappa=lambda: self.machine.kappa,
+            kappa=lambda: self.machine.tail.kappa,
             arrival_rate=lambda: self.machine.burst.value,
             audit=self.audit.state,
             drift=self.drift.state,
@@ -206,22 +208,23 @@ class Service:
         if self.batcher.is_full(priority):
             raise Overloaded("The queue is full", retry_after_s=1)
 
-    def note_arrival(self, images: int, patience_s: float) -> None:
-        """Count what is asked of the server, whether or not it can be done."""
-        self.machine.arrived(images, patience_s)
+    def note_arrival(self, images: int, timeout_s: float, priority: Priority) -> None:
+        """Count what is asked of the server, whether or not it can be done. LOW takes what others leave."""
+        if priority < LOW:
+            self.machine.arrived(images, timeout_s)
         if self._ticker is None:
             self._tick()
 
     def _tick(self) -> None:
         """The loops that need a clock get it while there is traffic: an idle server sleeps."""
-        self.budget.tick(self.clock(), self.batcher.load)
+        self.budget.tick(self.clock(), self.batcher.deadlines(NORMAL))
         self._note_stalls()
         busy = self.intake.requests or self.batcher.out or self.decoder.out
         if busy or self.machine.burst.value > _QUIET or self.budget.pressure:
             self._ticker = asyncio.get_running_loop().call_later(Brownout.TICK, self._tick)
         else:
             self._ticker = None
-            self.machine.rest()
+            self.budget.rest()
 
     def _note_stalls(self) -> None:
         """In the log once, and once when it is over."""

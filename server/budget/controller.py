@@ -16,17 +16,16 @@ import contextlib
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from server.budget.control import SHORTEST, Control, Machine
-from server.budget.loops import CostLoop
+from server.budget.control import Control, Machine
+from server.budget.loops import SHORTEST, CostLoop
 from server.budget.store import Policy, PolicyStore
 from server.bundle.frontier import NEVER, Frontier, FrontierRow, Mixture
-from server.cascade.scheduler import Load
 from server.core import Answer, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
 
@@ -288,13 +287,14 @@ class BudgetController:
         """What calibration says of the thresholds in force."""
         return self._setting.predicted
 
-    def observe(self, answer: Answer, total_s: float, steered: bool) -> None:
-        """Count one answered request. `steered`: it brought its own min_confidence or max_exit.
+    def observe(self, answer: Answer, total_s: float, steered: bool, low: bool = False) -> None:
+        """Count one answered request. `steered`: it brought its own min_confidence or max_exit. `low`: it stood behind
+        all others, so what it took is no measure of what the target promises.
 
         Steered images say nothing of the thresholds in force: the cost loop does not see them. Of degraded ones it sees
         how far they went. Neither it nor `observed` sees what was judged by a budget before this one.
         """
-        if self._control is not None:
+        if self._control is not None and not low:
             self._control.answered(total_s, max(result.queue_s + result.compute_s for result in answer.results))
         if answer.point.version != self._point.version:
             return
@@ -305,12 +305,13 @@ class BudgetController:
             if loop is not None and loop.observe(result.exit, result.degraded):
                 self._apply()
 
-    def tick(self, now: float, load: Load) -> None:
-        """Let the loops that need a clock look at the queues. Every `Brownout.TICK` seconds while there is traffic."""
+    def tick(self, now: float, deadlines: Sequence[Sequence[float]]) -> None:
+        """Let the loops that need a clock look at who waits: the deadlines, by stage. Every `Brownout.TICK` seconds
+        while there is traffic."""
         self._now = self._window.now = now
         if self._control is None:
             return
-        row, ceiling = self._control.tick(now, load, self._row_of(self._wanted()))
+        row, ceiling = self._control.tick(now, deadlines, self._row_of(self._wanted()))
         self._ceiling = None if self._solution.pinned else ceiling
         if row is not None and self._loop is not None:
             gmacs = self._gmacs[row]
@@ -318,6 +319,13 @@ class BudgetController:
             if abs(gmacs - held) > AIM_BAND * held:  # else the cost loop would never end a block
                 self._loop.aim_at(gmacs)
         self._apply()
+
+    def rest(self) -> None:
+        """No traffic: nobody will tick for a while."""
+        if self._control is not None:
+            self._control.rest()
+            self._ceiling = None
+            self._apply()
 
     def state(self) -> BudgetState:
         solution = self._solution

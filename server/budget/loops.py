@@ -9,8 +9,9 @@ multiple f of that under load, and no more than L without any:
 
     latency(u) = L (1 + (f - 1) u) / (1 - u)
 
-Solved for s, a latency target is a linear budget on the milliseconds of the frontier. f is 1 at the median, 2κ at the
-99th percentile and grows with the logarithm in between, as the tail of a queue does. κ is learned.
+Solved for s, a latency target is a linear budget on the milliseconds of the frontier. f is 2κ at the 99th percentile,
+and of other quantiles it is in proportion: as calibrated 1 at the median, and between them growing with the logarithm,
+as the tail of a queue does. κ is learned.
 
 How they play together: `LatencyLoop` says what an image may cost, and that becomes the target of `CostLoop`, which
 walks the frontier until the traffic costs that. `Brownout` puts a ceiling over both; under it `CostLoop` stands still,
@@ -22,19 +23,23 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from server.budget.survival import ExitCounts
 from server.bundle.frontier import FrontierRow
 
 KAPPA = 1.17  # half of p99 over p50 of a loaded cascade, before anything was observed
+SHORTEST, LONGEST = 1e-6, 1e6  # seconds: of all times that somebody asks for, as loops divide by them
 
 
 def tail_factor(quantile: float, kappa: float) -> float:
     """f, of a quantile from 0.5 on."""
     share = (math.log(1 / (1 - quantile)) - math.log(2)) / (math.log(100) - math.log(2))
-    return max(1.0, 1 + (2 * kappa - 1) * share)
+    return kappa / KAPPA * (1 + (2 * KAPPA - 1) * share)
 
 
 def predicted_latency(alone: float, load: float, factor: float) -> float:
@@ -68,15 +73,34 @@ class Rate:
 
     def tick(self, now: float) -> float:
         """Take in what came since the last tick."""
-        if self._since is None:
-            self._since = now
-            return self.value
-        passed = now - self._since
+        passed = 0.0 if self._since is None else now - self._since
         if passed > 0:
             share = 1 - math.exp(-passed / self._horizon)
             self.value += share * (self._count / passed - self.value)
-            self._since, self._count = now, 0
+            self._count = 0
+        self._since = now
         return self.value
+
+
+class Quantile:
+    """A running quantile of times, in seconds.
+
+    Each moves the logarithm a step: up where it is longer, down where not, in the proportion that balances at the
+    quantile (Robbins and Monro 1951). However odd one is, it moves the value by a tenth like any other.
+    """
+
+    STEP = 0.1  # of the logarithm
+
+    def __init__(self, quantile: float) -> None:
+        self._quantile = quantile
+        self.value = 0.0  # before the first
+
+    def observe(self, seconds: float) -> None:
+        if not self.value:
+            self.value = max(seconds, SHORTEST)
+            return
+        step = self._quantile if seconds > self.value else self._quantile - 1
+        self.value = max(self.value * math.exp(self.STEP * step), SHORTEST)
 
 
 class CostLoop:
@@ -166,27 +190,41 @@ class CostLoop:
         return self.budget * (1 + self.PROPORTIONAL * error + self.INTEGRAL * integral)
 
 
+@dataclass(slots=True)
+class Tail:
+    """κ, as learned so far: of the machine and its traffic, whatever the target."""
+
+    kappa: float = KAPPA
+
+    def factor(self, quantile: float) -> float:
+        return tail_factor(quantile, self.kappa)
+
+
 class LatencyLoop:
     """A latency target as seconds an image may cost, with κ trimmed by the latencies that are observed.
 
-    Fed forward by the arrival rate, corrected slowly: per block of answers, and once a second at most, κ moves by a
-    share of the logarithm of observed over wanted. Up when the target is missed, but not where the cheapest row is in
-    force already: that is an overload, and no tail explains it. Down only while the target is what binds, else a quiet
-    hour would unlearn everything.
+    Fed forward by the arrival rate, corrected slowly. What is corrected is the share of the answers that are late: it
+    is counted, over as many answers as its size needs and a second at least, and the logarithm of κ moves in proportion
+    to what it is off. In the mean that is nothing exactly where the share is the wanted one, whatever the latencies are
+    otherwise; a stall, however long, is one step of three units. Up when too many are late, but not where the cheapest
+    row is in force already: that is an overload, and no tail explains it. Down only while the target is what binds,
+    else a quiet hour would unlearn everything.
     """
 
-    BLOCK = 256  # answers
+    BLOCK = 256  # answers, at least
+    LATE = 2.56  # answers of a block that may be late, at least
     TICKS = 20  # of 50 ms, between two steps
-    DEAD_BAND = 0.05
-    GAIN_UP, GAIN_DOWN = 0.3, 0.1
-    KAPPA_RANGE = (0.5, 20.0)
+    GAIN = 0.1
+    MOST = 3.0  # times the wanted share that counts as too much
+    KAPPA_RANGE = (0.2, 20.0)
 
-    def __init__(self, target: float, quantile: float, executors: int, kappa: float = KAPPA) -> None:
-        """`target` in seconds, from the last byte of a request's body to its answer. `kappa`: as learned so far."""
+    def __init__(self, target: float, quantile: float, executors: int, tail: Tail) -> None:
+        """`target` in seconds, from the last byte of a request's body to its answer. `tail` is what learns."""
         self.target, self.quantile = target, quantile
         self._executors = executors
-        self.kappa = kappa
-        self._block: list[float] = []
+        self._tail = tail
+        self._block = max(self.BLOCK, math.ceil(self.LATE / (1 - quantile)))
+        self._answers = self._late = 0
         self._ticks = 0  # since the last step
         self._binds = self._exhausted = False
 
@@ -194,45 +232,66 @@ class LatencyLoop:
         """Seconds an image may cost at this arrival rate; asked every tick. `alone`: L with all that is not engine
         time; `cheapest`, `dearest`: the costs of the first and the last row. Below 0 where the target cannot be met."""
         self._ticks += 1
-        load = affordable_load(self.target, alone, tail_factor(self.quantile, self.kappa))
+        load = affordable_load(self.target, alone, self._tail.factor(self.quantile))
         seconds = load * self._executors / rate if rate > 0 else math.copysign(math.inf, load)
         self._binds, self._exhausted = seconds < dearest, seconds < cheapest
         return seconds
 
     def observe(self, latency: float) -> None:
         """Count one answer, in seconds."""
-        self._block.append(latency)
-        if len(self._block) < self.BLOCK:
+        self._answers += 1
+        self._late += latency > self.target
+        if self._answers < self._block or self._ticks < self.TICKS:
             return
-        error = math.log(max(float(np.quantile(self._block, self.quantile)), 1e-9) / self.target)
-        self._block.clear()
-        if self._ticks < self.TICKS:
+        error = self._late / self._answers / (1 - self.quantile) - 1
+        self._answers = self._late = self._ticks = 0
+        if self._exhausted if error > 0 else not self._binds:
             return
-        if error > self.DEAD_BAND and not self._exhausted:
-            step = self.GAIN_UP * min(error, 1.0)
-        elif error < -self.DEAD_BAND and self._binds:
-            step = self.GAIN_DOWN * max(error, -1.0)
-        else:
-            return
-        self._ticks = 0
         low, high = self.KAPPA_RANGE
-        self.kappa = min(max(self.kappa * math.exp(step), low), high)
+        self._tail.kappa = min(max(self._tail.kappa * math.exp(self.GAIN * min(error, self.MOST)), low), high)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """The images that wait, in order of their deadlines. Legend: N images."""
+
+    left: NDArray[np.float64]  # (N,) seconds to the deadline, rising
+    new: NDArray[np.float64]  # (N,) 1 for one that waits for the first stage, else 0
+    deep: NDArray[np.float64]  # (N,) seconds of work of one that waits behind it, else 0
+
+    @classmethod
+    def of(cls, now: float, deadlines: Sequence[Sequence[float]], seconds: Sequence[float]) -> Waiting:
+        """`deadlines` by stage; `seconds`: work of an image that waits for the stage."""
+        images = [len(queue) for queue in deadlines]
+        left = np.fromiter(chain.from_iterable(deadlines), np.float64, sum(images)) - now
+        order = np.argsort(left)
+        new = np.arange(len(left)) < images[0]
+        deep = np.where(new, 0.0, np.repeat(seconds, images))
+        return cls(left[order], new[order].astype(np.float64), deep[order])
 
 
 class Brownout:
     """The dearest row that the offered load leaves time for: accuracy is given up before requests are.
 
-    Nothing happens while what waits is done within half of the horizon: a busy server is not an overloaded one. Beyond,
-    a row can be paid if all that arrives, and what waits, within the horizon, fits into the executors' time. Down at
-    once; up only after there was room for HOLD seconds, a few rows a tick. Where the queue is all but empty and it is
-    only the arrival rate that speaks against a dearer row, one row is tried now and then: clients that send the next
-    request when they have an answer arrive faster the cheaper the row is.
+    Who waits is served in order of the deadlines, so each image is looked at together with those before it: their work
+    has to be done within half of the time that it has left, its horizon (the demand criterion of EDF, Baruah et al.
+    1990, with a margin). Nothing happens while that is done within half of every horizon: a busy server is not an
+    overloaded one. Beyond, a row can be paid if all that arrives, and what waits, within the horizon, fits into the
+    executors' time. So the patient stand behind and press nobody, and the hurried press by their own number only.
+
+    Two bounds of the time left. Below, a quarter of what nearly all requests are given: nobody's last moment counts,
+    as no row would save him. Above, what the queue's room takes to be worked off: it would be full before.
+
+    Down at once; up only after there was room for HOLD seconds, a few rows a tick. Where the queue is all but empty and
+    it is only the arrival rate that speaks against a dearer row, one row is tried now and then: clients that send the
+    next request when they have an answer arrive faster the cheaper the row is.
     """
 
     TICK = 0.05  # seconds
     USABLE = 0.95  # of the executors' time
     HOLD = 0.5  # seconds
     CLIMB = 0.02  # of the rows, a tick
+    FULL = 0.375  # of the queue's places: so many taken are an overload, whatever the deadlines; LOW may have half
 
     def __init__(self) -> None:
         self.row: int | None = None  # the last row that may be used; None: all
@@ -246,27 +305,32 @@ class Brownout:
         wanted: int,
         executors: int,
         rate: float,
-        new: int,
-        deep: float,
-        horizon: float,
+        waiting: Waiting,
+        given: float,
+        longest: float = math.inf,
+        places: float = math.inf,
     ) -> int | None:
         """The ceiling from now on, always below `wanted`; None: no ceiling.
 
-        `costs`: seconds of the rows, rising; `wanted`: the row that the operator's target asks for; `new`: images that
-        wait for the first stage; `deep`: seconds of work that waits behind it; `horizon`: the seconds in which what
-        waits has to be done.
+        `costs`: seconds of the rows, rising; `wanted`: the row that the operator's target asks for; `given`: seconds
+        that nearly all requests are given at least; `longest`: seconds that an answer may take whatever its deadline;
+        `places`: of the queue.
         """
         current = wanted if self.row is None else min(self.row, wanted)
-        wait = (new * costs[current] + deep) / executors
+        ahead, deep = waiting.new.cumsum(), waiting.deep.cumsum()  # (N,) of it and all before it
+        wait = (ahead * costs[current] + deep) / executors
+        longest = min(longest, 4 * self.FULL * places * costs[current] / executors, LONGEST)
+        horizon = np.maximum(np.minimum(np.maximum(waiting.left, given / 4), longest), SHORTEST) / 2
         # What waits longer than a quarter of the horizon is to be gone within one; a short queue is no fault.
-        excess = max(0.0, 1 - horizon / 4 / wait) if wait > 0 else 0.0
-        free, load = self.USABLE * executors - excess * deep / horizon, rate + excess * new / horizon
-        can_pay = max(0, bisect_right(costs, free / load) - 1) if load > 0 else len(costs) - 1
-        if wait > horizon / 2 and can_pay < current:
+        excess = np.maximum(0, 1 - horizon / 4 / np.maximum(wait, SHORTEST))
+        free, load = self.USABLE * executors, max(rate, SHORTEST)
+        seconds = (free - excess * deep / horizon) / (load + excess * ahead / horizon)
+        can_pay = max(0, bisect_right(costs, seconds.min(initial=free / load)) - 1)
+        if can_pay < current and np.any(wait > horizon / 2):
             self.row, self._room_since = can_pay, None
         elif self.row is not None:
             step = max(1, round(self.CLIMB * len(costs)))
-            self._climb(now, can_pay, step, nearly_idle=wait < horizon / 8)
+            self._climb(now, can_pay, step, nearly_idle=bool(np.all(wait < horizon / 8)))
         if self.row is not None and self.row >= wanted:
             self.row = self._room_since = None
         return self.row
@@ -275,7 +339,7 @@ class Brownout:
         assert self.row is not None
         if can_pay <= self.row and not nearly_idle:
             self._room_since = None
-        elif self._room_since is None:
+        elif self._room_since is None or now < self._room_since:
             self._room_since = now
         elif now - self._room_since >= self.HOLD:
             if can_pay > self.row:

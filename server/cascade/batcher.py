@@ -115,6 +115,9 @@ class Batcher:
         """Whether not even one image of this priority would find a place."""
         return self._scheduler.is_full(priority)
 
+    def deadlines(self, least: Priority) -> list[list[float]]:
+        return self._scheduler.deadlines(least)
+
     @property
     def out(self) -> list[Batch]:
         """The batches that are in the engine, the oldest first."""

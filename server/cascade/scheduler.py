@@ -173,6 +173,11 @@ class _Queue:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def deadlines(self, least: Priority) -> list[float]:
+        """Of the images of this priority or a higher one, in no order."""
+        entries = self._entries
+        return [entry[1] for entry in entries.islice(0, entries.bisect_left((least + 1,)))]
+
     def push(self, image: Image) -> None:
         image.queued = True
         self._entries.add(_entry(image))
@@ -284,6 +289,10 @@ class Scheduler:
     def is_full(self, priority: Priority) -> bool:
         """Whether not even one image of this priority would find a place."""
         return self._displaced(1, priority) is None
+
+    def deadlines(self, least: Priority) -> list[list[float]]:
+        """By stage, those of the images that wait with this priority or a higher one; in no order."""
+        return [queue.deadlines(least) for queue in self._queues]
 
     def next_deadline(self) -> float | None:
         """When `expire` will next have something to do."""

@@ -130,7 +130,7 @@ async def classify(request: Request) -> Response:
     with service.intake.enter() as visit:
         encoded = await read_images(dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold)
         visit.begin()
-        service.note_arrival(len(encoded), ask.timeout_s)
+        service.note_arrival(len(encoded), ask.timeout_s, ask.priority)
         service.check_queue(ask.priority)
         arrived = clock()
         deadline = arrived + service.answer_time.within(ask.timeout_s)
@@ -149,7 +149,7 @@ async def classify(request: Request) -> Response:
         decode_s, total_s = decoded - arrived, answered - arrived
         body = await shape_answer(service.bundle.manifest, service.stage_gmacs, answer, ask.top_k, decode_s, total_s)
     # When the answer is on its way, not before.
-    asyncio.get_running_loop().call_soon(_record, service, pixels, answer, decode_s, total_s, answered, ask.steered)
+    asyncio.get_running_loop().call_soon(_record, service, pixels, answer, decode_s, total_s, answered, ask)
     return json_response(body)
 
 
@@ -160,13 +160,13 @@ def _record(
     decode_s: float,
     total_s: float,
     answered: float,
-    steered: bool,
+    ask: Ask,
 ) -> None:
     service.answer_time.observe(answer.decided, answered)
     service.metrics.decoded(decode_s)
-    service.drift.observe(answer, steered)
-    service.budget.observe(answer, total_s, steered)
-    if not steered:
+    service.drift.observe(answer, ask.steered)
+    service.budget.observe(answer, total_s, ask.steered, low=ask.priority == LOW)
+    if not ask.steered:
         service.audit.offer(pixels, answer)
 
 

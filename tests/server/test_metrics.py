@@ -293,5 +293,5 @@ class TestTheLiveBudget:
         assert of(await scrape(served), "dvt_latency_kappa") == {}, "without a profile nobody reckons with it"
         async with serve(profile_seconds=9) as profiled:
             assert (await scrape(profiled))["dvt_latency_kappa",] == KAPPA
-            profiled.service.machine.kappa = 2.5
+            profiled.service.machine.tail.kappa = 2.5
             assert (await scrape(profiled))["dvt_latency_kappa",] == 2.5

@@ -17,14 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from server.budget.control import Machine
+from server.budget.control import Control, Machine
 from server.budget.controller import AIM_BAND, DEFAULT_SLACK, WINDOW, WINDOW_S, BudgetController, solve
-from server.budget.loops import CostLoop
+from server.budget.loops import KAPPA, CostLoop
 from server.budget.store import FileStore, MemoryStore, Policy
 from server.bundle.frontier import Frontier, upper_hull
 from server.bundle.profile import LatencyProfile, LiveProfile
 from server.calibration.sweep import sweep
-from server.cascade.scheduler import Load
 from server.core import Answer, ImageResult, Mix, OperatingPoint
 from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
 
@@ -486,7 +485,7 @@ def test_observed_looks_back_over_a_bounded_window(frontier: Frontier) -> None:
 
 def test_observed_forgets_what_is_long_over(frontier: Frontier) -> None:
     """A bad hour does not stay in the p99 of a quiet server for weeks."""
-    budget, nothing = BudgetController(frontier, MemoryStore()), Load((0, 0, 0), (0, 0, 0), 0, 64)
+    budget, nothing = BudgetController(frontier, MemoryStore()), ((), (), ())
     budget.tick(1e6, nothing)
     for _ in range(100):
         budget.observe(answer(budget, 3), 5.0, steered=False)
@@ -575,11 +574,11 @@ class Loaded:
         self.now = 0.0
         self.tick(seconds=0.0)
 
-    def tick(self, seconds: float = 5.0, rate: float = RATE, waiting: int = 0, patience: float = 1.0) -> None:
+    def tick(self, seconds: float = 5.0, rate: float = RATE, waiting: int = 0, given: float = 1.0) -> None:
         for _ in range(max(1, round(seconds / 0.05))):
             self.now += 0.05
-            self.machine.arrived(round(rate * 0.05), patience)
-            self.budget.tick(self.now, Load((waiting, 0, 0), (0, 0, 0), 0, 64))
+            self.machine.arrived(round(rate * 0.05), given)
+            self.budget.tick(self.now, [[self.now + given] * waiting, [], []])
 
 
 async def test_a_latency_is_what_the_arrival_rate_leaves(frontier: Frontier) -> None:
@@ -624,8 +623,9 @@ def test_requests_that_give_no_time_stop_no_loop(frontier: Frontier) -> None:
     budget = BudgetController(frontier, MemoryStore(), machine=(machine := Machine(frontier.rows, (8, 8, 8), 1)))
     machine.profile = LiveProfile(LatencyProfile.lines((0.001, 0.001, 0.001), (0.002, 0.004, 0.008)))
     machine.arrived(1, 0.0)
-    budget.tick(0.0, Load((5, 5, 5), (0, 0, 0), 0, 64))
+    budget.tick(0.0, [[0.0] * 5] * 3)
     assert budget.pressure > 0
+    assert machine.burst.value == 0, "nobody could be in time"
 
 
 async def test_without_traffic_what_an_image_takes_alone_is_feasible(frontier: Frontier) -> None:
@@ -651,10 +651,55 @@ async def test_a_burst_after_a_silence_is_no_overload(frontier: Frontier) -> Non
     loaded.tick(rate=0)
     loaded.machine.rest()
     loaded.machine.arrived(64, 0.4)
-    loaded.budget.tick(loaded.now + 1, Load((64, 0, 0), (0, 0, 0), 0, 64))
-    loaded.budget.tick(loaded.now + 1.05, Load((40, 0, 0), (8, 0, 0), 8, 64))
+    loaded.budget.tick(loaded.now + 1, [[loaded.now + 1.4] * 64, [], []])
+    loaded.budget.tick(loaded.now + 1.05, [[loaded.now + 1.4] * 40, [], []])
     assert loaded.budget.pressure < 0.5
     assert (await loaded.budget.put({"latency_ms": 100})).row != 0
+
+
+async def test_an_overload_does_not_outlast_the_traffic(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    await loaded.budget.put({"gmacs": 2.0})
+    loaded.tick(seconds=0.1, rate=300, waiting=150)
+    assert loaded.budget.pressure > 0
+    loaded.budget.rest()
+    assert loaded.budget.pressure == 0
+    loaded.tick(seconds=0.1, rate=10)
+    assert loaded.budget.pressure == 0
+
+
+async def test_a_stall_does_not_make_a_latency_infeasible(frontier: Frontier) -> None:
+    loaded = Loaded(frontier)
+    for number in range(200):
+        stalled = 100 <= number < 108  # eight that were on their way when the machine slept
+        loaded.budget.observe(
+            answer(loaded.budget, 1, in_engine=0.01), total_s=5.0 if stalled else 0.012, steered=False
+        )
+        assert loaded.machine.alone() < 0.022
+    await loaded.budget.put({"latency_ms": 25})
+
+
+@pytest.mark.parametrize("low", [True, False])
+async def test_what_stands_behind_all_others_is_no_measure_of_their_latency(frontier: Frontier, low: bool) -> None:
+    loaded = Loaded(frontier)
+    await loaded.budget.put({"latency_ms": 100})
+    loaded.tick()
+    for _ in range(1000):
+        loaded.budget.observe(answer(loaded.budget, 1, in_engine=3.0), total_s=3.0, steered=False, low=low)
+    assert (loaded.machine.tail.kappa == KAPPA) is low
+    assert loaded.budget.state().observed.latency_ms.p50 == 3000
+
+
+async def test_a_model_of_one_exit_and_one_row_has_nothing_to_give_up(frontier: Frontier) -> None:
+    row = replace(frontier.rows[0], thresholds=(0.0,), exit_fractions=(1.0,))
+    machine = Machine([row], (8,), 1, places=512)
+    machine.profile = LiveProfile(LatencyProfile.lines((0.001,), (0.002,)))
+    control = Control(machine)
+    for number in range(20):
+        machine.arrived(1000, 0.1)
+        assert control.tick(number * 0.05, [[number * 0.05 + 0.1] * 512], 0) == (None, None)
+    control.aim_at(0.01, 0.5)
+    assert control.tick(1.0, [[1.1] * 512], 0) == (0, None)
 
 
 async def test_a_budget_below_the_ceiling_is_in_force_at_once(frontier: Frontier) -> None:
@@ -820,7 +865,7 @@ def test_whatever_comes_the_budget_stays_on_the_frontier_and_can_be_told(
                 case "tick", passed, waiting, patience:
                     now += passed
                     machine.arrived(waiting, patience)
-                    budget.tick(now, Load((waiting, waiting // 2, 0), (0, 0, 0), 0, 64))
+                    budget.tick(now, ([now + patience] * waiting, [now + patience] * (waiting // 2), []))
                 case _:
                     machine.rest()
             state, point = budget.state(), budget.point

@@ -188,6 +188,16 @@ def test_a_request_that_does_not_fit_is_refused_whole():
     cascade.admit([SURE])
 
 
+def test_the_deadlines_of_those_who_wait_leave_out_lower_priorities_in_every_stage():
+    cascade = Cascade()
+    for priority in (HIGH, NORMAL, LOW, BACKGROUND):
+        cascade.admit([UNSURE], deadline=10.0 + priority, priority=priority)
+    assert [sorted(part) for part in cascade.scheduler.deadlines(NORMAL)] == [[10, 11], [], []]
+    assert [sorted(part) for part in cascade.scheduler.deadlines(LOW)] == [[10, 11, 12], [], []]
+    cascade.come_back(cascade.dispatch())
+    assert [sorted(part) for part in cascade.scheduler.deadlines(NORMAL)] == [[], [10, 11], []]
+
+
 def test_a_request_that_can_never_fit_is_not_told_to_come_back():
     with pytest.raises(TooManyImages):
         Cascade(max_queued_images=2).admit([SURE], [SURE], [SURE])

@@ -324,6 +324,16 @@ class TestRefusals:
             engine.open_gates()
             assert [answer.status_code for answer in await asyncio.gather(*running)] == [200, 200]
 
+    async def test_low_priority_is_no_load_and_its_time_no_measure(self, served: Any, photo: Photo) -> None:
+        machine = served.service.machine
+        assert (await served.classify(photo(SURE), params={"priority": "low"})).status_code == 200
+        assert machine.given.value == machine.elsewhere.value == 0
+        for priority in ("normal", "high"):
+            assert (await served.classify(photo(SURE), params={"priority": priority})).status_code == 200
+        assert machine.given.value > 0
+        assert machine.elsewhere.value > 0
+        assert (await served.http.get("/budget")).json()["observed"]["images"] == 3, "it is in what is observed"
+
     async def test_the_door_bounds_requests_and_bytes(self, serve: Any, engine: FakeEngine, photo: Photo) -> None:
         async with serve(max_requests=1) as served:
             engine.gates[1].clear()
