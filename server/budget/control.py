@@ -73,6 +73,12 @@ class Machine:
         means = self._reach @ np.array(self.stage_seconds())
         return np.maximum.accumulate(means).tolist()  # type: ignore[no-any-return]
 
+    def work_left(self, row: int) -> list[float]:
+        """Mean seconds that an image still takes which waits for a stage, by stage: not all of them go on."""
+        reach = np.maximum(self._reach[row], 1e-9)
+        work = reach * np.array(self.stage_seconds())
+        return (work[::-1].cumsum()[::-1] / reach).tolist()  # type: ignore[no-any-return]
+
     def alone(self) -> float:
         """Seconds of the slowest answer on an idle server: every stage, and all that is not the engine."""
         assert self.profile is not None
@@ -137,15 +143,14 @@ class Control:
             seconds = self._latency.affordable(rate, machine.alone(), costs[0], costs[-1])
             row = max(0, bisect_right(costs, seconds) - 1)
             wanted = min(row, wanted)  # on harder traffic the cost loop stands below the row
-        stages = machine.stage_seconds()
-        rest = [sum(stages[stage:]) for stage in range(len(stages))]  # as if none left early: on the safe side
+        work = machine.work_left(self._brownout.in_force(wanted))
         ceiling = self._brownout.tick(
             now,
             costs=costs,
             wanted=wanted,
             executors=machine.executors,
             rate=burst,
-            waiting=Waiting.of(now, deadlines, rest),
+            waiting=Waiting.of(now, deadlines, work),
             given=machine.given.value,
             longest=self._latency.target if self._latency else math.inf,
             places=machine.places,

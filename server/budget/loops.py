@@ -297,6 +297,10 @@ class Brownout:
         self.row: int | None = None  # the last row that may be used; None: all
         self._room_since: float | None = None
 
+    def in_force(self, wanted: int) -> int:
+        """The row under the last ceiling."""
+        return wanted if self.row is None else min(self.row, wanted)
+
     def tick(
         self,
         now: float,
@@ -316,7 +320,7 @@ class Brownout:
         that nearly all requests are given at least; `longest`: seconds that an answer may take whatever its deadline;
         `places`: of the queue.
         """
-        current = wanted if self.row is None else min(self.row, wanted)
+        current = self.in_force(wanted)
         ahead, deep = waiting.new.cumsum(), waiting.deep.cumsum()  # (N,) of it and all before it
         wait = (ahead * costs[current] + deep) / executors
         longest = min(longest, 4 * self.FULL * places * costs[current] / executors, LONGEST)
