@@ -169,9 +169,10 @@ class _Queue:
     def __init__(self) -> None:
         # Priority, deadline, order of admission, and the image.
         self._entries: SortedList[tuple[Any, ...]] = SortedList()
+        self.clients = self.background = 0  # images; kept, as they are asked for at every turn
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self.clients + self.background
 
     def deadlines(self, least: Priority) -> list[float]:
         """Of the images of this priority or a higher one, in no order."""
@@ -181,34 +182,30 @@ class _Queue:
     def push(self, image: Image) -> None:
         image.queued = True
         self._entries.add(_entry(image))
+        self._count(image.request.priority, 1)
 
     def remove(self, image: Image) -> None:
         image.queued = False
         self._entries.remove(_entry(image))
+        self._count(image.request.priority, -1)
+
+    def _count(self, priority: Priority, images: int) -> None:
+        if priority == BACKGROUND:
+            self.background += images
+        else:
+            self.clients += images
 
     def before(self, priority: Priority, deadline: float) -> int:
         """Images that go before one of this priority and deadline that comes now."""
         return self._entries.bisect_left((priority, deadline, math.inf))
 
-    @property
-    def clients(self) -> int:
-        """Images that are not BACKGROUND."""
-        entries = self._entries
-        if not entries or entries[-1][0] < BACKGROUND:
-            return len(entries)
-        return entries.bisect_left((BACKGROUND,))
-
-    @property
-    def background(self) -> int:
-        return len(self._entries) - self.clients
-
     def take(self, size: int, *, background: bool) -> tuple[Image, ...]:
         """At most so many, in order; either BACKGROUND or the others."""
-        entries, clients = self._entries, self.clients
-        at, end = (clients, len(entries)) if background else (0, clients)
-        images = tuple(entries.pop(at)[3] for _ in range(min(size, end - at)))
+        at, most = (self.clients, self.background) if background else (0, self.clients)
+        images = tuple(self._entries.pop(at)[3] for _ in range(min(size, most)))
         for image in images:
             image.queued = False
+        self._count(BACKGROUND if background else NORMAL, -len(images))
         return images
 
     def view(self, limit: int) -> StageView:
