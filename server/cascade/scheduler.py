@@ -609,20 +609,20 @@ class Scheduler:
 
     def _displaced(self, size: int, priority: Priority) -> list[Request] | None:
         """The requests that have to go for so many images of this priority: of lower priority, the lowest and last
-        first. None where even that would make no room."""
+        first; none of which an image has run. None where even that would make no room."""
         background = priority == BACKGROUND
         waiting = sum(queue.background if background else queue.clients for queue in self._queues)
         room = self._max_queued_images if priority < LOW or not waiting else self._max_queued_images // 2
-        excess, victims = waiting + size - room, dict[Request, None]()
+        excess, looked_at = waiting + size - room, dict[Request, bool]()  # whether it goes
         if excess > 0:
             for image in self._queues[0].clients_backwards():
                 request = image.request
                 if request.priority <= priority or excess <= 0:
                     break
-                if request not in victims:
-                    victims[request] = None
-                    excess -= sum(one.queued for one in request.images)
-        return list(victims) if excess <= 0 else None
+                if request not in looked_at:
+                    looked_at[request] = all(one.queued and one.stage == 1 for one in request.images)
+                    excess -= request.size * looked_at[request]
+        return [request for request, goes in looked_at.items() if goes] if excess <= 0 else None
 
     def _refuse_hopeless(self, size: int, priority: Priority, deadline: float, now: float) -> None:
         """Raise where not all images could pass the first stage in time, even if nothing else ran.

@@ -435,6 +435,29 @@ def test_what_has_begun_is_not_displaced():
     assert exits(begun) == [3, 3]
 
 
+@pytest.mark.parametrize("first", [SURE, UNSURE])
+@pytest.mark.parametrize("came_back", [True, False])
+def test_a_request_that_has_begun_with_some_of_its_images_is_not_displaced(first, came_back):
+    cascade = Cascade(sizes=(2, 2, 2), max_queued_images=4)
+    begun = cascade.admit([first, SURE], [first, SURE], [SURE], [SURE], deadline=20.0)
+    batch = cascade.dispatch()
+    if came_back:
+        cascade.come_back(batch)
+    while not cascade.scheduler.is_full(NORMAL):
+        cascade.admit([SURE], deadline=10.0)
+    new = len(cascade.scheduler.deadlines(NORMAL)[0]) - 2
+    for _ in range(new):
+        cascade.admit([SURE], priority=HIGH)
+    assert not begun.settled
+    assert len(cascade.settled) == new
+    with pytest.raises(Overloaded):
+        cascade.admit([SURE], priority=HIGH)
+    if not came_back:
+        cascade.come_back(batch)
+    cascade.run_dry()
+    assert len(exits(begun)) == 4
+
+
 def test_background_work_that_waits_gets_its_share_of_a_busy_device_and_no_more():
     cascade = Cascade(sizes=(4, 4, 4))
     taken = {True: 0.0, False: 0.0}
@@ -720,9 +743,9 @@ class Histories(RuleBasedStateMachine):
         room = 12 if priority < LOW or not waiting else 6
         excess = waiting + len(images) - room
         waits = {
-            request: sum(image.result is None and image not in running for image in request.images)
+            request: request.size
             for request in live
-            if any(image.stage == 1 and image not in running and image.result is None for image in request.images)
+            if all(image.stage == 1 and image not in running and image.result is None for image in request.images)
         }
         lower = [request for request in waits if priority < request.priority < BACKGROUND]
         full = excess > sum(waits[request] for request in lower)
