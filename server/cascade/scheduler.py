@@ -574,7 +574,9 @@ class Scheduler:
         """BACKGROUND pays for the time in which others waited for it. It saves nothing up while it has no work."""
         if batch.images[0].request.priority == BACKGROUND:
             if any(queue.clients for queue in self._queues):
-                self._credit -= seconds
+                # Clients that come while it runs on an idle device make it debts, too. They do not add up: a day of
+                # them would keep it out of the next busy hour.
+                self._credit = max(self._credit - seconds, -seconds)
             return
         self._last_s = seconds
         if any(queue.background for queue in self._queues):

@@ -491,6 +491,28 @@ def test_background_work_saves_no_time_up_while_there_is_none():
     assert [batch.images[0].request.priority for batch in cascade.run_dry()[:2]] == [NORMAL, NORMAL]
 
 
+def test_background_work_gets_its_share_of_a_busy_hour_however_often_clients_waited_for_it_before():
+    cascade = Cascade()
+    for _ in range(500):
+        cascade.admit([SURE], deadline=1e9, priority=BACKGROUND)
+        batch = cascade.dispatch()
+        cascade.admit([SURE], deadline=1e9)
+        cascade.now += 1.0
+        cascade.come_back(batch)
+        cascade.run_dry()
+    taken, waits = 0, None
+    for _ in range(1000):
+        if waits is None or waits.settled:
+            waits = cascade.admit([SURE], deadline=1e9, priority=BACKGROUND)
+        while cascade.scheduler.load.waiting[0] < 9:
+            cascade.admit([SURE], deadline=1e9)
+        batch = cascade.dispatch()
+        taken += batch.images[0].request.priority == BACKGROUND
+        cascade.now += 1.0
+        cascade.come_back(batch)
+    assert taken == pytest.approx(1000 * BACKGROUND_SHARE, abs=3)
+
+
 # -- deadlines that cannot be met
 
 
