@@ -34,7 +34,8 @@ ones queue for the next stage, where survivors of different requests share a bat
   deadline, does not count. A queued image is judged by the batch that it would run in now, not by one of its own:
   one that would miss its deadline there is answered with what it has, or its request is refused. To shrink the batch
   for it would save it and bring all behind it as near to their deadlines: under load every batch would be small, and
-  most of the time go into the fixed cost of batches.
+  most of the time go into the fixed cost of batches. What is believed of a stage may be wrong, and a stage that is
+  given no batch could not show it: so what comes to one that has refused all for DOUBT_S runs, whatever is believed.
 - *Rows nobody waits for.* A settled request never gets another batch. Its rows that are out are ignored when they
   come back, and their state is freed.
 
@@ -71,6 +72,7 @@ LOW: Priority = 2  # admitted only while the queue is less than half full
 BACKGROUND: Priority = 3
 
 BACKGROUND_SHARE = 0.01  # of the time that batches of others take, while BACKGROUND waits
+DOUBT_S = 4.0  # for which a stage refuses all that comes, until a batch shows whether it is so slow
 
 Seconds = Callable[[int, int], float]
 """(stage, images) -> seconds of such a batch."""
@@ -269,6 +271,7 @@ class Scheduler:
         self._requests: SortedList[tuple[float, int, Request]] = SortedList()
         self._orders = count()
         self._credit = 0.0  # seconds that BACKGROUND may take from others; below 0 what it owes them
+        self._doubted = [math.inf] * len(max_batch_sizes)  # when a stage first refused, of those since its last batch
         self._last_s = math.inf  # what the last batch of others took: one image takes no longer
 
     def learn(self, seconds: Seconds, policy: Policy) -> None:
@@ -384,6 +387,7 @@ class Scheduler:
             image.since = now
             image.request.running += 1
         self._running[stage - 1] += len(images)
+        self._doubted[stage - 1] = math.inf
         return Batch(images, run, started=now)
 
     def update(self, batch: Batch, output: StageOutput, now: float) -> Outcome:
@@ -606,8 +610,13 @@ class Scheduler:
         within, alone = now + self._seconds(stage, size), now + self._seconds(stage, 1)
         for at, image in queue.heads():
             if image.request.deadline < (within if at < size else alone):
-                return image
+                return image if self._is_believed(stage, now) else None
         return None
+
+    def _is_believed(self, stage: int, now: float) -> bool:
+        """Whether to refuse somebody for what batches of this stage are believed to take."""
+        self._doubted[stage - 1] = min(self._doubted[stage - 1], now)
+        return now - self._doubted[stage - 1] < DOUBT_S
 
     def _displaced(self, size: int, priority: Priority) -> list[Request] | None:
         """The requests that have to go for so many images of this priority: of lower priority, the lowest and last
@@ -633,12 +642,12 @@ class Scheduler:
         """
         assert self._seconds is not None
         left = deadline - now
-        if left < self._seconds(1, 1):
+        if left < self._seconds(1, 1) and (left <= 0 or self._is_believed(1, now)):
             raise DeadlineExceeded(f"{max(left, 0) * 1000:.1f} ms are too few for one image on an idle server")
         largest = self._max_batch_sizes[0]
         before = self._queues[0].before(priority, deadline) + size
         needed = before * self._seconds(1, largest) / largest / self._executors
-        if before > largest * self._executors and left < needed:
+        if before > largest * self._executors and left < needed and self._is_believed(1, now):
             raise Overloaded("the deadline cannot be met", retry_after_s=max(1, math.ceil(needed - left)))
 
     def _retry_after_s(self, now: float) -> int:

@@ -12,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.cascade.scheduler import BACKGROUND, BACKGROUND_SHARE, HIGH, LOW, NORMAL, Batch, Outcome, Request, Scheduler
+from server.bundle.profile import LatencyProfile, LiveProfile
+from server.cascade.scheduler import (
+    BACKGROUND,
+    BACKGROUND_SHARE,
+    DOUBT_S,
+    HIGH,
+    LOW,
+    NORMAL,
+    Batch,
+    Outcome,
+    Request,
+    Scheduler,
+)
 from server.core import Mix, OperatingPoint
 from server.engines.fake import FakeEngine
 from server.errors import DeadlineExceeded, Draining, EngineFailed, InvalidRequest, Overloaded, TooManyImages
@@ -518,6 +530,54 @@ def test_background_work_gets_its_share_of_a_busy_hour_however_often_clients_wai
 
 def seconds(stage: int, images: int) -> float:
     return stage + 0.5 * images
+
+
+def test_a_belief_that_refuses_all_is_tested_now_and_then():
+    cascade = Cascade(seconds=lambda stage, images: 100.0)
+    tried = []
+    for _ in range(100):
+        cascade.now += 0.5
+        try:
+            cascade.admit([SURE], deadline=cascade.now + 5.0)
+        except DeadlineExceeded:
+            continue
+        cascade.expire()
+        cascade.step()
+        tried.append(cascade.now)
+    assert np.diff(tried).tolist() == [DOUBT_S + 0.5] * (len(tried) - 1)
+    assert len(tried) > 5
+    assert all(request.answer for request in cascade.settled)
+
+
+def test_a_deep_stage_that_is_believed_too_slow_is_tried_now_and_then():
+    cascade = Cascade(seconds=lambda stage, images: 100.0 if stage == 2 else 0.1)
+    requests = []
+    for _ in range(20):
+        requests.append(cascade.admit([UNSURE, SURE], deadline=cascade.now + 5.0))
+        cascade.step()
+        cascade.now += 1.0
+        cascade.expire()
+        cascade.run_dry()
+    assert {tuple(exits(request)) for request in requests[:4]} == {(1,)}
+    assert sum(exits(request) == [2] for request in requests) == 4
+
+
+def test_a_profile_that_was_measured_on_a_busy_machine_is_unlearned_by_those_it_would_refuse():
+    profile = LiveProfile(LatencyProfile.lines((0.3, 0.3, 0.3), (0.0, 0.0, 0.0)))
+    cascade = Cascade(seconds=profile.seconds)
+    refused_at = 0.0
+    while cascade.now < 120.0:
+        cascade.now += 0.05
+        profile.forget(0.05)
+        try:
+            cascade.admit([SURE], deadline=cascade.now + 0.2)
+        except DeadlineExceeded:
+            refused_at = cascade.now
+            continue
+        cascade.expire()
+        cascade.step()
+        profile.observe(1, 1, 0.01)
+    assert refused_at < 30.0
 
 
 def test_a_newcomer_is_refused_at_the_door_where_even_first_stages_alone_would_take_too_long():
