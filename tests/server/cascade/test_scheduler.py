@@ -533,7 +533,7 @@ def seconds(stage: int, images: int) -> float:
 
 
 def test_a_belief_that_refuses_all_is_tested_now_and_then():
-    cascade = Cascade(seconds=lambda stage, images: 100.0)
+    cascade = Cascade(seconds=lambda *_: 100.0)
     tried = []
     for _ in range(100):
         cascade.now += 0.5
@@ -550,7 +550,7 @@ def test_a_belief_that_refuses_all_is_tested_now_and_then():
 
 
 def test_a_deep_stage_that_is_believed_too_slow_is_tried_now_and_then():
-    cascade = Cascade(seconds=lambda stage, images: 100.0 if stage == 2 else 0.1)
+    cascade = Cascade(seconds=lambda stage, _: 100.0 if stage == 2 else 0.1)
     requests = []
     for _ in range(20):
         requests.append(cascade.admit([UNSURE, SURE], deadline=cascade.now + 5.0))
