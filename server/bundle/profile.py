@@ -171,7 +171,8 @@ class LiveProfile:
     accident makes a batch quicker than it can be: one that took less counts nearly as it is, 10 % at most.
 
     What is believed decides what is tried: a stage that is held to be too slow gets few batches that could prove
-    otherwise. So a belief that nothing has tested for a while goes back to what was measured.
+    otherwise. So a belief in a slow machine that nothing has tested for a while goes back to what was measured. One in
+    a quick machine stands: it is tested as soon as anybody comes.
     """
 
     def __init__(self, profile: LatencyProfile) -> None:
@@ -191,7 +192,7 @@ class LiveProfile:
         """So many seconds went by, with requests about."""
         for stage, untested in enumerate(self._untested):
             self._untested[stage] = untested + passed
-            if self._untested[stage] > _TRUSTED_S:
+            if self._untested[stage] > _TRUSTED_S and self._factors[stage] > 1:
                 self._factors[stage] **= math.exp(-passed / _TRUSTED_S)
 
     def seconds(self, stage: int, batch: int) -> float:

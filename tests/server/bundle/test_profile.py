@@ -200,6 +200,15 @@ class TestLiveProfile:
         assert live.seconds(1, 8) == pytest.approx(5 * profile.seconds(1, 8), rel=0.02), "tested every other second"
         assert live.seconds(2, 8) == pytest.approx(profile.seconds(2, 8), rel=0.02)
 
+    def test_that_a_machine_is_quick_is_not_forgotten(self) -> None:
+        profile = measured()
+        live = LiveProfile(profile)
+        for _ in range(200):
+            live.observe(1, 8, profile.seconds(1, 8) / 5)
+        for _ in range(800):
+            live.forget(0.05)
+        assert live.seconds(1, 8) == pytest.approx(profile.seconds(1, 8) / 5, rel=0.02)
+
     def test_what_says_nothing_changes_nothing(self) -> None:
         live = LiveProfile(LatencyProfile.lines([0.0], [0.0]))
         live.observe(1, 8, 0.1)

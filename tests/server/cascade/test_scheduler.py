@@ -16,7 +16,7 @@ from server.bundle.profile import LatencyProfile, LiveProfile
 from server.cascade.scheduler import (
     BACKGROUND,
     BACKGROUND_SHARE,
-    DOUBT_S,
+    DOUBT,
     HIGH,
     LOW,
     NORMAL,
@@ -533,40 +533,39 @@ def seconds(stage: int, images: int) -> float:
 
 
 def test_a_belief_that_refuses_all_is_tested_now_and_then():
-    cascade = Cascade(seconds=lambda *_: 100.0)
+    cascade = Cascade(seconds=lambda *_: 2.0)
     tried = []
-    for _ in range(100):
-        cascade.now += 0.5
+    for _ in range(2000):
+        cascade.now += 1.0
         try:
-            cascade.admit([SURE], deadline=cascade.now + 5.0)
+            cascade.admit([SURE], deadline=cascade.now + 1.5)
         except DeadlineExceeded:
             continue
         cascade.expire()
         cascade.step()
         tried.append(cascade.now)
-    assert np.diff(tried).tolist() == [DOUBT_S + 0.5] * (len(tried) - 1)
+    assert np.diff(tried).tolist() == [2.0 * DOUBT + 1.0] * (len(tried) - 1)
     assert len(tried) > 5
     assert all(request.answer for request in cascade.settled)
 
 
 def test_a_deep_stage_that_is_believed_too_slow_is_tried_now_and_then():
-    cascade = Cascade(seconds=lambda stage, _: 100.0 if stage == 2 else 0.1)
+    cascade = Cascade(seconds=lambda stage, _: 2.0 if stage == 2 else 0.1)
     requests = []
-    for _ in range(20):
-        requests.append(cascade.admit([UNSURE, SURE], deadline=cascade.now + 5.0))
+    for _ in range(1000):
+        requests.append(cascade.admit([UNSURE, SURE], deadline=cascade.now + 2.5))
         cascade.step()
         cascade.now += 1.0
         cascade.expire()
         cascade.run_dry()
-    assert {tuple(exits(request)) for request in requests[:4]} == {(1,)}
-    assert sum(exits(request) == [2] for request in requests) == 4
+    assert [number for number, request in enumerate(requests) if exits(request) == [2]] == [200, 401, 602, 803]
 
 
 def test_a_profile_that_was_measured_on_a_busy_machine_is_unlearned_by_those_it_would_refuse():
     profile = LiveProfile(LatencyProfile.lines((0.3, 0.3, 0.3), (0.0, 0.0, 0.0)))
     cascade = Cascade(seconds=profile.seconds)
     refused_at = 0.0
-    while cascade.now < 120.0:
+    while cascade.now < 300.0:
         cascade.now += 0.05
         profile.forget(0.05)
         try:
@@ -577,7 +576,7 @@ def test_a_profile_that_was_measured_on_a_busy_machine_is_unlearned_by_those_it_
         cascade.expire()
         cascade.step()
         profile.observe(1, 1, 0.01)
-    assert refused_at < 30.0
+    assert refused_at < 150.0
 
 
 def test_a_newcomer_is_refused_at_the_door_where_even_first_stages_alone_would_take_too_long():
