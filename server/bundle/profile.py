@@ -28,6 +28,7 @@ TOLERANCE = 0.10  # a straight line that is off by more than this is not used
 
 _WEIGHT = 1 / 32  # of one batch in a live correction: half of a change is learnt in 22 batches
 _CLIP = 0.5  # of the logarithm: a batch that took 100 times as long counts as one that took e^0.5 = 1.65 times as long
+_QUICK = 3.5  # of the logarithm the other way: no accident makes a batch quick, but clocks may err
 _TRUSTED_S = 5.0  # seconds for which a correction stands without a batch; then it fades as fast
 
 
@@ -166,10 +167,12 @@ class LiveProfile:
     """A profile that follows the machine: one factor per stage, moved by every batch towards what it really took.
 
     The factor is a running mean in the logarithm. What a batch adds to it is clipped (Huber 1964), so that a batch that
-    the machine slept through moves it by 1.6 % at most, while a machine that has changed is followed all the way.
+    the machine slept through moves it by 1.6 % at most, while a machine that has changed is followed all the way. No
+    accident makes a batch quicker than it can be: one that took less counts nearly as it is, 10 % at most.
 
-    What is believed decides what is tried: a stage that is held to be too slow gets no batch that could prove
-    otherwise. So a belief that nothing has tested for a while goes back to what was measured.
+    What is believed decides what is tried: a stage that is held to be too slow gets few batches that could prove
+    otherwise. So a belief in a slow machine that nothing has tested for a while goes back to what was measured. One in
+    a quick machine stands: it is tested as soon as anybody comes.
     """
 
     def __init__(self, profile: LatencyProfile) -> None:
@@ -181,7 +184,7 @@ class LiveProfile:
         """A batch of so many images came back after so many seconds."""
         believed = self.seconds(stage, batch)
         if believed > 0 and seconds > 0:
-            off = max(-_CLIP, min(_CLIP, math.log(seconds / believed)))
+            off = max(-_QUICK, min(_CLIP, math.log(seconds / believed)))
             self._factors[stage - 1] *= math.exp(_WEIGHT * off)
         self._untested[stage - 1] = 0.0
 
@@ -189,7 +192,7 @@ class LiveProfile:
         """So many seconds went by, with requests about."""
         for stage, untested in enumerate(self._untested):
             self._untested[stage] = untested + passed
-            if self._untested[stage] > _TRUSTED_S:
+            if self._untested[stage] > _TRUSTED_S and self._factors[stage] > 1:
                 self._factors[stage] **= math.exp(-passed / _TRUSTED_S)
 
     def seconds(self, stage: int, batch: int) -> float:

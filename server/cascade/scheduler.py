@@ -34,7 +34,9 @@ ones queue for the next stage, where survivors of different requests share a bat
   deadline, does not count. A queued image is judged by the batch that it would run in now, not by one of its own:
   one that would miss its deadline there is answered with what it has, or its request is refused. To shrink the batch
   for it would save it and bring all behind it as near to their deadlines: under load every batch would be small, and
-  most of the time go into the fixed cost of batches.
+  most of the time go into the fixed cost of batches. What is believed of a stage may be wrong, and a stage that is
+  given no batch could not show it: so what comes to one that has refused all for long enough runs, whatever is
+  believed. Where it was right, that costs the others a hundredth of the time.
 - *Rows nobody waits for.* A settled request never gets another batch. Its rows that are out are ignored when they
   come back, and their state is freed.
 
@@ -71,6 +73,7 @@ LOW: Priority = 2  # admitted only while the queue is less than half full
 BACKGROUND: Priority = 3
 
 BACKGROUND_SHARE = 0.01  # of the time that batches of others take, while BACKGROUND waits
+DOUBT = 100  # times what a batch is believed to take: so long a stage refuses all, then one shows whether it is so slow
 
 Seconds = Callable[[int, int], float]
 """(stage, images) -> seconds of such a batch."""
@@ -266,6 +269,7 @@ class Scheduler:
         self._requests: SortedList[tuple[float, int, Request]] = SortedList()
         self._orders = count()
         self._credit = 0.0  # seconds that BACKGROUND may take from others; below 0 what it owes them
+        self._doubted = [math.inf] * len(max_batch_sizes)  # when a stage first refused, of those since its last batch
         self._last_s = math.inf  # what the last batch of others took: one image takes no longer
 
     def learn(self, seconds: Seconds, policy: Policy) -> None:
@@ -381,6 +385,7 @@ class Scheduler:
             image.since = now
             image.request.running += 1
         self._running[stage - 1] += len(images)
+        self._doubted[stage - 1] = math.inf
         return Batch(images, run, started=now)
 
     def update(self, batch: Batch, output: StageOutput, now: float) -> Outcome:
@@ -571,7 +576,9 @@ class Scheduler:
         """BACKGROUND pays for the time in which others waited for it. It saves nothing up while it has no work."""
         if batch.images[0].request.priority == BACKGROUND:
             if any(queue.clients for queue in self._queues):
-                self._credit -= seconds
+                # Clients that come while it runs on an idle device make it debts, too. They do not add up: a day of
+                # them would keep it out of the next busy hour.
+                self._credit = max(self._credit - seconds, -seconds)
             return
         self._last_s = seconds
         if any(queue.background for queue in self._queues):
@@ -600,26 +607,31 @@ class Scheduler:
         size = max(1, min(limit, queue.clients))
         within, alone = now + self._seconds(stage, size), now + self._seconds(stage, 1)
         for at, image in queue.heads():
-            if image.request.deadline < (within if at < size else alone):
-                return image
+            if image.request.deadline < (until := within if at < size else alone):
+                return image if self._is_believed(stage, until - now, now) else None
         return None
+
+    def _is_believed(self, stage: int, seconds: float, now: float) -> bool:
+        """Whether to refuse somebody because a batch of this stage is believed to take so many seconds."""
+        self._doubted[stage - 1] = min(self._doubted[stage - 1], now)
+        return now - self._doubted[stage - 1] < DOUBT * seconds
 
     def _displaced(self, size: int, priority: Priority) -> list[Request] | None:
         """The requests that have to go for so many images of this priority: of lower priority, the lowest and last
-        first. None where even that would make no room."""
+        first; none of which an image has run. None where even that would make no room."""
         background = priority == BACKGROUND
         waiting = sum(queue.background if background else queue.clients for queue in self._queues)
         room = self._max_queued_images if priority < LOW or not waiting else self._max_queued_images // 2
-        excess, victims = waiting + size - room, dict[Request, None]()
+        excess, looked_at = waiting + size - room, dict[Request, bool]()  # whether it goes
         if excess > 0:
             for image in self._queues[0].clients_backwards():
                 request = image.request
                 if request.priority <= priority or excess <= 0:
                     break
-                if request not in victims:
-                    victims[request] = None
-                    excess -= sum(one.queued for one in request.images)
-        return list(victims) if excess <= 0 else None
+                if request not in looked_at:
+                    looked_at[request] = all(one.queued and one.stage == 1 for one in request.images)
+                    excess -= request.size * looked_at[request]
+        return [request for request, goes in looked_at.items() if goes] if excess <= 0 else None
 
     def _refuse_hopeless(self, size: int, priority: Priority, deadline: float, now: float) -> None:
         """Raise where not all images could pass the first stage in time, even if nothing else ran.
@@ -628,12 +640,14 @@ class Scheduler:
         """
         assert self._seconds is not None
         left = deadline - now
-        if left < self._seconds(1, 1):
+        alone = self._seconds(1, 1)
+        if left < alone and (left <= 0 or self._is_believed(1, alone, now)):
             raise DeadlineExceeded(f"{max(left, 0) * 1000:.1f} ms are too few for one image on an idle server")
         largest = self._max_batch_sizes[0]
         before = self._queues[0].before(priority, deadline) + size
-        needed = before * self._seconds(1, largest) / largest / self._executors
-        if before > largest * self._executors and left < needed:
+        full = self._seconds(1, largest)
+        needed = before * full / largest / self._executors
+        if before > largest * self._executors and left < needed and self._is_believed(1, full, now):
             raise Overloaded("the deadline cannot be met", retry_after_s=max(1, math.ceil(needed - left)))
 
     def _retry_after_s(self, now: float) -> int:

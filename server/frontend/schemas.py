@@ -399,7 +399,8 @@ CLASSIFY: dict[str, Any] = {
             ),
             _query(
                 "priority",
-                "Who waits less: high before normal before low. Low is refused once the queue is half full.",
+                "Who waits less: high before normal before low. Low is refused once the queue is half full; where it "
+                "is full, a higher priority takes the place of the lowest and last that have not begun.",
                 type="string",
                 enum=["high", "normal", "low"],
                 default="normal",

@@ -169,7 +169,16 @@ class TestLiveProfile:
         profile = measured()
         live = LiveProfile(profile)
         live.observe(1, 8, seconds)
-        assert live.seconds(1, 8) == pytest.approx(profile.seconds(1, 8), rel=0.017)
+        moved = live.seconds(1, 8) / profile.seconds(1, 8)
+        assert 0.89 <= moved <= 1.017
+        assert (moved - 1) * (seconds - profile.seconds(1, 8)) >= -1e-9
+
+    def test_ten_batches_that_are_far_quicker_than_believed_halve_the_belief(self) -> None:
+        profile = measured()
+        live = LiveProfile(profile)
+        for _ in range(10):
+            live.observe(1, 8, profile.seconds(1, 8) / 20)
+        assert live.seconds(1, 8) < profile.seconds(1, 8) / 2
 
     def test_a_stall_now_and_then_is_not_taken_for_the_machine(self) -> None:
         profile = measured()
@@ -190,6 +199,15 @@ class TestLiveProfile:
                 live.observe(1, 8, 5 * profile.seconds(1, 8))
         assert live.seconds(1, 8) == pytest.approx(5 * profile.seconds(1, 8), rel=0.02), "tested every other second"
         assert live.seconds(2, 8) == pytest.approx(profile.seconds(2, 8), rel=0.02)
+
+    def test_that_a_machine_is_quick_is_not_forgotten(self) -> None:
+        profile = measured()
+        live = LiveProfile(profile)
+        for _ in range(200):
+            live.observe(1, 8, profile.seconds(1, 8) / 5)
+        for _ in range(800):
+            live.forget(0.05)
+        assert live.seconds(1, 8) == pytest.approx(profile.seconds(1, 8) / 5, rel=0.02)
 
     def test_what_says_nothing_changes_nothing(self) -> None:
         live = LiveProfile(LatencyProfile.lines([0.0], [0.0]))

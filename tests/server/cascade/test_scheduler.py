@@ -12,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.cascade.scheduler import BACKGROUND, BACKGROUND_SHARE, HIGH, LOW, NORMAL, Batch, Outcome, Request, Scheduler
+from server.bundle.profile import LatencyProfile, LiveProfile
+from server.cascade.scheduler import (
+    BACKGROUND,
+    BACKGROUND_SHARE,
+    DOUBT,
+    HIGH,
+    LOW,
+    NORMAL,
+    Batch,
+    Outcome,
+    Request,
+    Scheduler,
+)
 from server.core import Mix, OperatingPoint
 from server.engines.fake import FakeEngine
 from server.errors import DeadlineExceeded, Draining, EngineFailed, InvalidRequest, Overloaded, TooManyImages
@@ -435,6 +447,29 @@ def test_what_has_begun_is_not_displaced():
     assert exits(begun) == [3, 3]
 
 
+@pytest.mark.parametrize("first", [SURE, UNSURE])
+@pytest.mark.parametrize("came_back", [True, False])
+def test_a_request_that_has_begun_with_some_of_its_images_is_not_displaced(first, came_back):
+    cascade = Cascade(sizes=(2, 2, 2), max_queued_images=4)
+    begun = cascade.admit([first, SURE], [first, SURE], [SURE], [SURE], deadline=20.0)
+    batch = cascade.dispatch()
+    if came_back:
+        cascade.come_back(batch)
+    while not cascade.scheduler.is_full(NORMAL):
+        cascade.admit([SURE], deadline=10.0)
+    new = len(cascade.scheduler.deadlines(NORMAL)[0]) - 2
+    for _ in range(new):
+        cascade.admit([SURE], priority=HIGH)
+    assert not begun.settled
+    assert len(cascade.settled) == new
+    with pytest.raises(Overloaded):
+        cascade.admit([SURE], priority=HIGH)
+    if not came_back:
+        cascade.come_back(batch)
+    cascade.run_dry()
+    assert len(exits(begun)) == 4
+
+
 def test_background_work_that_waits_gets_its_share_of_a_busy_device_and_no_more():
     cascade = Cascade(sizes=(4, 4, 4))
     taken = {True: 0.0, False: 0.0}
@@ -468,11 +503,80 @@ def test_background_work_saves_no_time_up_while_there_is_none():
     assert [batch.images[0].request.priority for batch in cascade.run_dry()[:2]] == [NORMAL, NORMAL]
 
 
+def test_background_work_gets_its_share_of_a_busy_hour_however_often_clients_waited_for_it_before():
+    cascade = Cascade()
+    for _ in range(500):
+        cascade.admit([SURE], deadline=1e9, priority=BACKGROUND)
+        batch = cascade.dispatch()
+        cascade.admit([SURE], deadline=1e9)
+        cascade.now += 1.0
+        cascade.come_back(batch)
+        cascade.run_dry()
+    taken, waits = 0, None
+    for _ in range(1000):
+        if waits is None or waits.settled:
+            waits = cascade.admit([SURE], deadline=1e9, priority=BACKGROUND)
+        while cascade.scheduler.load.waiting[0] < 9:
+            cascade.admit([SURE], deadline=1e9)
+        batch = cascade.dispatch()
+        taken += batch.images[0].request.priority == BACKGROUND
+        cascade.now += 1.0
+        cascade.come_back(batch)
+    assert taken == pytest.approx(1000 * BACKGROUND_SHARE, abs=3)
+
+
 # -- deadlines that cannot be met
 
 
 def seconds(stage: int, images: int) -> float:
     return stage + 0.5 * images
+
+
+def test_a_belief_that_refuses_all_is_tested_now_and_then():
+    cascade = Cascade(seconds=lambda *_: 2.0)
+    tried = []
+    for _ in range(2000):
+        cascade.now += 1.0
+        try:
+            cascade.admit([SURE], deadline=cascade.now + 1.5)
+        except DeadlineExceeded:
+            continue
+        cascade.expire()
+        cascade.step()
+        tried.append(cascade.now)
+    assert np.diff(tried).tolist() == [2.0 * DOUBT + 1.0] * (len(tried) - 1)
+    assert len(tried) > 5
+    assert all(request.answer for request in cascade.settled)
+
+
+def test_a_deep_stage_that_is_believed_too_slow_is_tried_now_and_then():
+    cascade = Cascade(seconds=lambda stage, _: 2.0 if stage == 2 else 0.1)
+    requests = []
+    for _ in range(1000):
+        requests.append(cascade.admit([UNSURE, SURE], deadline=cascade.now + 2.5))
+        cascade.step()
+        cascade.now += 1.0
+        cascade.expire()
+        cascade.run_dry()
+    assert [number for number, request in enumerate(requests) if exits(request) == [2]] == [200, 401, 602, 803]
+
+
+def test_a_profile_that_was_measured_on_a_busy_machine_is_unlearned_by_those_it_would_refuse():
+    profile = LiveProfile(LatencyProfile.lines((0.3, 0.3, 0.3), (0.0, 0.0, 0.0)))
+    cascade = Cascade(seconds=profile.seconds)
+    refused_at = 0.0
+    while cascade.now < 300.0:
+        cascade.now += 0.05
+        profile.forget(0.05)
+        try:
+            cascade.admit([SURE], deadline=cascade.now + 0.2)
+        except DeadlineExceeded:
+            refused_at = cascade.now
+            continue
+        cascade.expire()
+        cascade.step()
+        profile.observe(1, 1, 0.01)
+    assert refused_at < 150.0
 
 
 def test_a_newcomer_is_refused_at_the_door_where_even_first_stages_alone_would_take_too_long():
@@ -720,9 +824,9 @@ class Histories(RuleBasedStateMachine):
         room = 12 if priority < LOW or not waiting else 6
         excess = waiting + len(images) - room
         waits = {
-            request: sum(image.result is None and image not in running for image in request.images)
+            request: request.size
             for request in live
-            if any(image.stage == 1 and image not in running and image.result is None for image in request.images)
+            if all(image.stage == 1 and image not in running and image.result is None for image in request.images)
         }
         lower = [request for request in waits if priority < request.priority < BACKGROUND]
         full = excess > sum(waits[request] for request in lower)
