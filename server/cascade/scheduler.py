@@ -644,6 +644,8 @@ class Scheduler:
         if left < alone and (left <= 0 or self._is_believed(1, alone, now)):
             raise DeadlineExceeded(f"{max(left, 0) * 1000:.1f} ms are too few for one image on an idle server")
         largest = self._max_batch_sizes[0]
+        if self._queues[0].clients + size <= largest * self._executors:  # as a rule
+            return
         before = self._queues[0].before(priority, deadline) + size
         full = self._seconds(1, largest)
         needed = before * full / largest / self._executors
