@@ -185,8 +185,8 @@ class Settings(BaseSettings):
         0.01,
         ge=0,
         le=1,
-        description="Share of the requests of which an image is held against the last exit, behind the answer; 0 audits "
-        "none.",
+        description="Share of the requests of which an image is held against the last exit, behind the answer; 0 "
+        "audits none.",
     )
     control_token_file: Path | None = Field(
         None, description="File with a bearer token that `PUT /budget` then asks for; by default none is asked."
