@@ -45,7 +45,7 @@ class Machine:
         self._reach = fractions[:, ::-1].cumsum(axis=1)[:, ::-1]  # of all images, those that run each stage
         self.profile: LiveProfile | None = None
         self.rate, self.burst = Rate(RATE_HORIZON), Rate(BURST_HORIZON)
-        self.given = Quantile(0.1)  # seconds to answer in: nine requests of ten have more
+        self.given = Quantile(0.5)  # seconds to answer in: what no minority can move
         self.elsewhere = Quantile(0.5)  # seconds of an answer that are neither queue nor engine
         self.tail = Tail()
 

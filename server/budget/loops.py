@@ -279,7 +279,7 @@ class Brownout:
     overloaded one. Beyond, a row can be paid if all that arrives, and what waits, within the horizon, fits into the
     executors' time. So the patient stand behind and press nobody, and the hurried press by their own number only.
 
-    Two bounds of the time left. Below, a quarter of what nearly all requests are given: nobody's last moment counts,
+    Two bounds of the time left. Below, a quarter of what half of the requests are given: nobody's last moment counts,
     as no row would save him. Above, what the queue's room takes to be worked off: it would be full before.
 
     Down at once; up only after there was room for HOLD seconds, a few rows a tick. Where the queue is all but empty and
@@ -317,7 +317,7 @@ class Brownout:
         """The ceiling from now on, always below `wanted`; None: no ceiling.
 
         `costs`: seconds of the rows, rising; `wanted`: the row that the operator's target asks for; `given`: seconds
-        that nearly all requests are given at least; `longest`: seconds that an answer may take whatever its deadline;
+        that half of the requests are given at least; `longest`: seconds that an answer may take whatever its deadline;
         `places`: of the queue.
         """
         current = self.in_force(wanted)
