@@ -73,9 +73,9 @@ class Watched(Steered):
         setup: Setup,
         times: NDArray[np.float64],
         rows: NDArray[np.int64],
-        deadlines: NDArray[np.float64] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(frontier, setup, times, rows, deadlines=deadlines)
+        super().__init__(frontier, setup, times, rows, **options)
         budget = self.budget
         self.drift = Drift(
             frontier.records, frontier.samples, lambda: budget.predicted.exit_fractions, self.simulation.point
@@ -125,7 +125,7 @@ def hurried(report: Report, options: Options) -> None:
             rows = cascades.draw(records, len(times), options.seed + 2, correlation=correlation)
             rushed = np.random.default_rng(options.seed + 3).random(len(times)) < share
             deadlines = times + np.where(rushed, HURRIED_S, PATIENT_S)
-            watched = Watched(frontier, setup, times, rows, deadlines)
+            watched = Watched(frontier, setup, times, rows, deadlines=deadlines)
             trace = watched.simulation.run()
             figures = found[f"{share:g}/{correlation:g}"] = {
                 "overall": _cost(trace, trace.exit > 0),

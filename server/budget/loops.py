@@ -91,16 +91,17 @@ class Quantile:
 
     STEP = 0.1  # of the logarithm
 
-    def __init__(self, quantile: float) -> None:
-        self._quantile = quantile
-        self.value = 0.0  # before the first
+    def __init__(self, quantile: float, *, start: float = 0.0, least: float = SHORTEST, most: float = math.inf) -> None:
+        """`start`: before the first; with 0 that is taken as it is. `least`, `most`: bounds of the value."""
+        self._quantile, self._least, self._most = quantile, least, most
+        self.value = start
 
     def observe(self, seconds: float) -> None:
-        if not self.value:
-            self.value = max(seconds, SHORTEST)
-            return
-        step = self._quantile if seconds > self.value else self._quantile - 1
-        self.value = max(self.value * math.exp(self.STEP * step), SHORTEST)
+        wanted = seconds
+        if self.value:
+            step = self._quantile if seconds > self.value else self._quantile - 1
+            wanted = self.value * math.exp(self.STEP * step)
+        self.value = min(self._most, max(self._least, wanted))
 
 
 class CostLoop:

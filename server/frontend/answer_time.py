@@ -12,28 +12,27 @@ from __future__ import annotations
 
 import math
 
+from server.budget.loops import Quantile
+
 QUANTILE = 0.99
-_STEP = 0.1  # of the logarithm, a wait
-_LEAST, _MOST = 0.0005, 0.25  # seconds
 _LARGEST_SHARE = 0.5  # of a request's time
 
 
 class AnswerTime:
     """A running quantile of the seconds from the decision until the event loop turns to the answer.
 
-    Each wait moves the logarithm a step: up where it took longer, down where not, in the proportion that balances at
-    the quantile (Robbins and Monro 1951). A stall moves it by a tenth, like any other wait: answers that were decided
-    before the first of them got its turn waited for the same, and count as one, by the longest.
+    A stall moves it by a tenth, like any other wait: answers that were decided before the first of them got its turn
+    waited for the same, and count as one, by the longest.
     """
 
     def __init__(self) -> None:
-        self._log = math.log(0.002)
+        self._waits = Quantile(QUANTILE, start=0.002, least=0.0005, most=0.25)
         self._first_turn = -math.inf  # when, of the answers that wait for the same
         self._longest = 0.0  # seconds, of theirs
 
     @property
     def seconds(self) -> float:
-        return math.exp(self._log)
+        return self._waits.value
 
     def observe(self, decided: float, turn: float) -> None:
         """An answer was decided, and had its turn; in the order of turns."""
@@ -41,8 +40,7 @@ class AnswerTime:
             self._longest = max(self._longest, turn - decided)
             return
         if self._first_turn > -math.inf:
-            step = QUANTILE if self._longest > self.seconds else QUANTILE - 1
-            self._log = min(math.log(_MOST), max(math.log(_LEAST), self._log + _STEP * step))
+            self._waits.observe(self._longest)
         self._first_turn, self._longest = turn, turn - decided
 
     def within(self, timeout_s: float) -> float:
