@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,12 @@ def train(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch; by default all cores.")] = None,
     loaders: Annotated[int, typer.Option(min=0, help="Processes that load images; 0: the training process.")] = 0,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="End with the epoch that is running after so long; --resume goes on.")
+    ] = math.inf,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Record the training step as a CUDA graph; on a single GPU.")
+    ] = False,
 ) -> None:
     """Train a DVT on an image folder: all exits at once, by the sum of their losses.
 
@@ -59,7 +66,7 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     try:
-        click.echo(run(data, out, chosen, resume=resume, num_workers=loaders, start=start))
+        click.echo(run(data, out, chosen, resume, loaders, start, graph, minutes))
     except (ValueError, OSError, FloatingPointError) as error:
         raise click.ClickException(said(error)) from None
 

@@ -1,8 +1,9 @@
-"""Image folders for training: ROOT/<class>/<file>, read with Pillow, augmented image by image.
+"""Image folders for training: ROOT/<class>/<file>, read with Pillow. Either image by image, in every epoch, or once,
+to stay in the device's memory.
 
-Every random draw comes from a generator seeded by (seed, epoch, position): the same images come out whatever the
-number of loading processes, and a resumed run sees exactly what an uninterrupted one would have seen.
-Normalisation is not done here: batches are uint8 until they are on the device.
+Every random draw comes from a generator seeded by (seed, epoch, image) or (seed, epoch): the same images come out
+whatever the number of loading processes, and a resumed run sees exactly what an uninterrupted one would have seen.
+Normalisation is not done here: pixels go from 0 to 255.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.augment import jitter, rand_augment, random_resized_crop
+from model.batch_augment import Augment, draw
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
@@ -143,8 +146,44 @@ class EpochSampler(Sampler[int]):
         return iter(order[self.rank :: self.world].tolist())
 
 
+def decoded(samples: list[Sample], resize: int, crop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All images as the evaluation sees them, decoded once: (N, 3, crop, crop) uint8, and labels (N,)."""
+    images = EvalImages(samples, resize, crop)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets other threads run while it decodes
+        pixels = torch.stack([image for image, _ in pool.map(images.__getitem__, range(len(samples)))])
+    return pixels.to(device), torch.tensor([sample.label for sample in samples], device=device)
+
+
+class InMemory:
+    """The batches of an epoch, from images that were decoded once to squares of `side` pixels (the middle of what is
+    not square) and stay on the device: photographs of few pixels, which Pillow could not augment fast enough for a GPU.
+    Set `epoch` before each pass."""
+
+    def __init__(
+        self, samples: list[Sample], side: int, size: int, batch_size: int, order: EpochSampler, min_area: float,
+        colour: float, seed: int, rand_augment: float, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.images, self.labels = decoded(samples, side, side, device)
+        self.side, self.size, self.batch_size, self.order = side, size, batch_size, order
+        self.min_area, self.colour, self.seed, self.rand_augment = min_area, colour, seed, rand_augment
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(B, 3, size, size) float32, whole numbers from 0 to 255, and labels (B,)."""
+        rng = np.random.default_rng((self.seed, self.epoch, 2))
+        draws = draw(len(self.images), self.side, self.min_area, self.rand_augment, self.colour, rng)
+        augment = Augment(draws, self.size, self.images.device)
+        order = np.array(list(self.order))
+        batches = torch.from_numpy(order).to(self.images.device, non_blocking=True).split(self.batch_size)
+        for numbers, indices in zip(np.split(order, len(self)), batches, strict=True):
+            yield augment(self.images[indices], numbers, indices), self.labels[indices]
+
+
 class Normalize:
-    """uint8 (B, 3, H, W) -> float32, zero mean and unit variance by the model's own statistics."""
+    """Pixels from 0 to 255, (B, 3, H, W) -> float32, zero mean and unit variance by the model's own statistics."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
         self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255

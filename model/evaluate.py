@@ -24,18 +24,19 @@ class Evaluation:
 def exit_accuracy(
     model: DVT, batches: Iterable[tuple[Tensor, Tensor]], normalize: Callable[[Tensor], Tensor]
 ) -> list[float]:
-    """Top-1 accuracy of every exit over (uint8 images (B, 3, H, W), labels (B,)) batches."""
+    """Top-1 accuracy of every exit over (images (B, 3, H, W) from 0 to 255, labels (B,)) batches."""
     was_training = model.training
     model.eval()
-    right, seen = torch.zeros(model.config.num_stages), 0
+    counts, seen = [], 0
     for images, labels in batches:
         exits = model(normalize(images))
-        right += torch.tensor([float((logits.argmax(1).cpu() == labels).sum()) for logits in exits])
+        theirs = labels.to(exits[0].device)
+        counts.append(torch.stack([(logits.argmax(1) == theirs).sum() for logits in exits]))
         seen += len(labels)
     model.train(was_training)
     if not seen:
         raise ValueError("no images to evaluate on")
-    return (right / seen).tolist()
+    return (torch.stack(counts).sum(0).double() / seen).tolist()
 
 
 @torch.inference_mode()

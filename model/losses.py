@@ -7,10 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cascade_loss(exits: list[Tensor], targets: Tensor) -> Tensor:
-    """Plain sum of the exits' cross entropies.
+def cascade_loss(exits: list[Tensor], targets: Tensor, distillation: float = 0.0) -> Tensor:
+    """Plain sum of the exits' cross entropies, which is the paper's. With `distillation`, that share of what earlier
+    exits learn comes from the last one's answers in place of the targets (Phuong and Lampert, "Distillation-based
+    training for multi-exit architectures", 2019); the last exit learns nothing from theirs.
 
     exits: logits, each (B, K); targets: classes (B,) or distributions (B, K).
     """
     losses = [F.cross_entropy(logits.float(), targets) for logits in exits]
+    if distillation:
+        answers = exits[-1].detach().float().softmax(dim=-1)
+        for number, logits in enumerate(exits[:-1]):
+            losses[number] = torch.lerp(losses[number], F.cross_entropy(logits.float(), answers), distillation)
     return torch.stack(losses).sum()

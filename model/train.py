@@ -7,11 +7,14 @@ what one evaluates and exports) and `metrics.jsonl` (one line an epoch).
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.augment import erase, mix
+from model.batch_augment import erase, mix
 from model.checkpoint import CheckpointError, load_model, load_tensors, save_model, save_tensors, under
-from model.config import variant
-from model.data import EpochSampler, Normalize, TrainImages, eval_loader, scan_image_folder, select
+from model.config import DVTConfig, variant
+from model.data import (
+    EpochSampler,
+    InMemory,
+    Normalize,
+    Sample,
+    TrainImages,
+    decoded,
+    eval_loader,
+    scan_image_folder,
+    select,
+)
 from model.dvt import DVT
 from model.evaluate import exit_accuracy
 from model.losses import cascade_loss
@@ -48,6 +61,7 @@ class Processes:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+            torch.backends.cudnn.benchmark = True  # all batches have one shape
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         return cls(rank, world, device)
@@ -62,6 +76,14 @@ class Processes:
             dist.all_reduce(value)
             value /= self.world
         return value
+
+    def any(self, value: bool) -> bool:
+        """Whether it is so in one of the processes."""
+        if self.world == 1:
+            return value
+        found = torch.tensor(int(value), device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
 
 
 def learning_rate(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
@@ -90,41 +112,115 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return [{"params": p, "weight_decay": decay, "scale": scale} for (decay, scale), p in groups.items()]
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: Recipe, graph: bool = False) -> torch.optim.Optimizer:
+    """With `graph` the rates are tensors: a CUDA graph reads them anew each time, numbers would be frozen in it."""
     groups = parameter_groups(model, recipe)
+    if graph:
+        for group in groups:
+            group["lr"] = torch.tensor(recipe.lr, device=group["params"][0].device)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, fused=True)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True, capturable=graph)
+
+
+class Average:
+    """Exponential moving average of a network's weights and buffers. Early on it looks back less far: over a tenth of
+    the steps so far."""
+
+    def __init__(self, model: DVT, decay: float) -> None:
+        self.model, self.decay = deepcopy(model).requires_grad_(False), decay
+        pairs = list(zip(self._tensors(self.model), self._tensors(model), strict=True))
+        self.averages, self.lives = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @staticmethod
+    def _tensors(model: nn.Module) -> Iterable[Tensor]:
+        return chain((p.detach() for p in model.parameters()), model.buffers())
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step number `step`, from 1. The host does not wait for the device."""
+        decay = min(self.decay, step / (step + 10))
+        get_ema_multi_avg_fn(decay)(list(self.averages), list(self.lives), step)
+        for average, live in self.counts:
+            average.copy_(live)
+
+
+class Graph:
+    """A step on batches of one shape, recorded as a CUDA graph: one launch in place of thousands.
+
+    The first steps run as they are, on a stream of their own, so that libraries and optimiser set themselves up before
+    the recording, which itself computes nothing.
+    """
+
+    PLAIN = 3
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.step, self.calls = step, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.PLAIN:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self.step(images, targets)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.calls == self.PLAIN + 1:
+            self.images, self.targets = images.clone(), targets.clone()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):
+                self.loss = self.step(self.images, self.targets)
+        self.images.copy_(images)
+        self.targets.copy_(targets)
+        self.graph.replay()
+        return self.loss
 
 
 class Run:
     """One training run: the live model, its average, the optimiser; saved and restored as one."""
 
-    def __init__(self, model: DVT, recipe: Recipe, processes: Processes, steps_per_epoch: int) -> None:
+    def __init__(
+        self, model: DVT, recipe: Recipe, processes: Processes, steps_per_epoch: int, graph: bool = False
+    ) -> None:
         self.recipe, self.processes = recipe, processes
         self.model = model.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if processes.world > 1 and processes.device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
-        self.optimizer = build_optimizer(self.model, recipe)
+        self.average = Average(self.model, recipe.ema_decay)
+        self.optimizer = build_optimizer(self.model, recipe, graph)
         # Keeps small gradients from vanishing in fp16; does nothing elsewhere.
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=recipe.precision == "fp16")
         self.rate = learning_rate(recipe, steps_per_epoch)
         self.steps = 0
         self.forward: nn.Module = nn.parallel.DistributedDataParallel(self.model) if processes.world > 1 else self.model
+        self.compute: Callable[[Tensor, Tensor], Tensor] = Graph(self._compute) if graph else self._compute
         self.epoch = 0
         self.normalize = Normalize(model.config.mean, model.config.std, processes.device)
 
     @property
     def averaged(self) -> DVT:
-        return self.average.module  # type: ignore[return-value]
+        return self.average.model
 
     def step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One step on a batch of this process, cut into `accumulate` parts. Returns the mean loss."""
+        """One step on a batch of this process. Returns the mean loss."""
+        for group in self.optimizer.param_groups:
+            rate = self.recipe.lr * self.rate(self.steps) * group["scale"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        loss = self.compute(images, targets)
+        self.steps += 1
+        self.average.update(self.steps)
+        return loss
+
+    def _compute(self, images: Tensor, targets: Tensor) -> Tensor:
+        """What a step does on the device, the batch cut into `accumulate` parts. Nothing here waits for its outcome
+        (but in fp16, where the scaler asks whether gradients overflowed)."""
         recipe = self.recipe
         dtype = torch.float16 if recipe.precision == "fp16" else torch.bfloat16
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * self.rate(self.steps) * group["scale"]
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=images.device)
         parts = list(zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
@@ -133,15 +229,13 @@ class Run:
             with nullcontext() if number == len(parts) else self._unsynchronized():
                 with torch.autocast(images.device.type, dtype, enabled=recipe.precision != "fp32"):
                     exits = self.forward(some)
-                loss = cascade_loss(exits, theirs) * share
+                loss = cascade_loss(exits, theirs, recipe.distillation) * share
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.steps += 1
-        self.average.update_parameters(self.model)
         return total
 
     def _unsynchronized(self) -> AbstractContextManager[None]:
@@ -159,7 +253,6 @@ class Run:
             "recipe": asdict(self.recipe),
             "epoch": self.epoch,
             "step": self.steps,
-            "averaged": int(self.average.n_averaged),
             "scaler": self.scaler.state_dict(),
         }
         save_tensors(path, tensors, header)
@@ -179,7 +272,10 @@ class Run:
             index, name = key.split(".")
             slots.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.average.n_averaged.fill_(header["averaged"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():  # fused optimisers take for granted that all lie in memory alike
+                if value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(header["scaler"])
         self.epoch = header["epoch"]
         self.steps = header["step"]
@@ -201,46 +297,94 @@ def initial_model(recipe: Recipe, labels: tuple[str, ...], start: Path | None) -
     return model
 
 
+def batches(
+    training: list[Sample], config: DVTConfig, recipe: Recipe, processes: Processes, num_workers: int
+) -> tuple[Iterable[tuple[Tensor, Tensor]], Callable[[int], None], int]:
+    """Batches of this process, what sets the epoch before each pass over them, and how many there are."""
+    local_batch, rest = divmod(recipe.batch_size, processes.world)
+    if rest:
+        raise ValueError(f"batch_size {recipe.batch_size} does not divide over {processes.world} processes")
+    order = EpochSampler(len(training), local_batch, recipe.seed, processes.rank, processes.world)
+    augmentation = (recipe.min_area, recipe.colour, recipe.seed, recipe.rand_augment)
+    images: InMemory | TrainImages
+    loader: InMemory | DataLoader[tuple[Tensor, Tensor]]
+    if recipe.in_memory:
+        size = config.image_size
+        images = loader = InMemory(
+            training, config.resize, size, local_batch, order, *augmentation, processes.device
+        )  # fmt: skip
+    else:
+        images = TrainImages(training, config.image_size, *augmentation)
+        loader = DataLoader(images, local_batch, sampler=order, num_workers=num_workers, drop_last=True)  # type: ignore[arg-type]
+
+    def set_epoch(epoch: int) -> None:
+        images.epoch = order.epoch = epoch
+
+    return loader, set_epoch, len(loader)
+
+
+def watch(
+    watched: list[Sample], config: DVTConfig, recipe: Recipe, processes: Processes, num_workers: int
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches of the held-out slice."""
+    if not recipe.in_memory or not watched:
+        return eval_loader(watched, config.resize, config.image_size, 256, num_workers)
+    images, labels = decoded(watched, config.resize, config.image_size, processes.device)
+    return list(zip(images.split(256), labels.split(256), strict=True))
+
+
 def train(
-    data: Path, out: Path, recipe: Recipe, resume: bool = False, num_workers: int = 0, start: Path | None = None
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    resume: bool = False,
+    num_workers: int = 0,
+    start: Path | None = None,
+    graph: bool = False,
+    minutes: float = math.inf,
 ) -> Path:
     """Train on the image folder `data` and return the path of the averaged model.
 
-    `start` is a checkpoint to begin with; it decides the variant. Raises FileNotFoundError or ValueError for unusable
-    data, FileExistsError where `out` holds a run and `resume` is not set, CheckpointError for an unusable `start` and
-    where `out` holds another run.
+    `start` is a checkpoint to begin with; it decides the variant. `graph`: record the step as a CUDA graph. After
+    `minutes` the run ends with the epoch it is in; it can be resumed. Raises FileNotFoundError or ValueError for
+    unusable data, FileExistsError where `out` holds a run and `resume` is not set, CheckpointError for an unusable
+    `start` and where `out` holds another run.
     """
+    deadline = time.monotonic() + minutes * 60
     processes = Processes.start()
+    if graph and (processes.device.type != "cuda" or processes.world > 1 or recipe.precision == "fp16"):
+        raise ValueError("a step is recorded as a CUDA graph only on a single GPU, in bf16 or fp32")
     labels, samples = scan_image_folder(data)
     model = initial_model(recipe, labels, start)
     config = model.config
     training = select(data, samples, recipe.held_out, "train")
     watched = select(data, samples, recipe.held_out, "held-out")
-    local_batch, rest = divmod(recipe.batch_size, processes.world)
-    if rest:
-        raise ValueError(f"batch_size {recipe.batch_size} does not divide over {processes.world} processes")
-    images = TrainImages(training, config.image_size, recipe.min_area, recipe.colour, recipe.seed, recipe.rand_augment)
-    sampler = EpochSampler(len(training), local_batch, recipe.seed, processes.rank, processes.world)
-    loader = DataLoader(images, local_batch, sampler=sampler, num_workers=num_workers, drop_last=True)
-    held_out_loader = eval_loader(watched, config.resize, config.image_size, 256, num_workers)
+    loader, set_epoch, steps = batches(training, config, recipe, processes, num_workers)
+    held_out_batches = watch(watched, config, recipe, processes, num_workers)
 
     out.mkdir(parents=True, exist_ok=True)
-    last = out / "last.safetensors"
-    run = Run(model, recipe, processes, steps_per_epoch=len(loader))
+    last, log = out / "last.safetensors", out / "metrics.jsonl"
+    run = Run(model, recipe, processes, steps, graph)
     if last.exists():
         if not resume:
             raise FileExistsError(f"{out} already holds a run; continue it with --resume or name another folder")
         run.restore(last)
-    while run.epoch < recipe.all_epochs:
+        if processes.first:
+            _forget_after(run.epoch, log)
+    records: list[dict[str, Any]] = []  # of the epochs since the last checkpoint
+    out_of_time = False
+    while run.epoch < recipe.all_epochs and not out_of_time:
         started = time.perf_counter()
-        epoch = images.epoch = sampler.epoch = run.epoch
-        torch.manual_seed(hash((recipe.seed, epoch, processes.rank)) & 0x7FFFFFFF)  # dropout and drop-path
+        epoch = run.epoch
+        set_epoch(epoch)
+        torch.manual_seed(hash((recipe.seed, epoch, processes.rank)) & 0x7FFFFFFF)  # dropout, drop-path, erasing
         rng = np.random.default_rng((recipe.seed, epoch, processes.rank, 1))
         mixing = recipe.mix_probability if epoch < recipe.all_epochs - recipe.clean_epochs else 0.0
         run.model.train()
         total = torch.zeros((), device=processes.device)
-        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{recipe.all_epochs}", disable=not processes.first, mininterval=1.0)
-        for step, (batch, classes) in enumerate(bar):
+        title = f"epoch {epoch + 1}/{recipe.all_epochs}"
+        bar = tqdm(loader, desc=title, total=steps, disable=not processes.first, mininterval=1.0)
+        for batch, classes in bar:
             pixels = run.normalize(batch).contiguous(memory_format=torch.channels_last)
             pixels, targets = mix(
                 pixels, classes.to(processes.device), config.num_classes,
@@ -249,25 +393,27 @@ def train(
             if recipe.erasing:
                 pixels = erase(pixels, recipe.erasing, rng)
             total += run.step(pixels, targets)
-            if step % 50 == 0:
-                bar.set_postfix(loss=f"{float(total) / (step + 1):.3f}")
         run.epoch += 1
-        total = processes.mean(total)
-        if not torch.isfinite(total):
+        out_of_time = processes.any(time.monotonic() > deadline)
+        last_of_all = run.epoch == recipe.all_epochs or out_of_time
+        record: dict[str, Any] = {"epoch": run.epoch, "loss": processes.mean(total) / steps}
+        record["lr"] = recipe.lr * run.rate(run.steps - 1)
+        records.append(record)
+        # The loss stays on the device until it is written: who asks for it waits for the device.
+        check = run.epoch % recipe.check_every == 0 or last_of_all
+        if check and not torch.isfinite(total):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}; lower the learning rate")
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        if not check:
+            continue
         if processes.first:
-            run.save(last)
-            record: dict[str, Any] = {
-                "epoch": run.epoch,
-                "loss": float(total) / len(loader),
-                "lr": run.optimizer.param_groups[0]["lr"],
-                "seconds": round(time.perf_counter() - started, 1),
-            }
             if watched:
-                record["held_out_accuracy"] = exit_accuracy(run.averaged, held_out_loader, run.normalize)
-            with (out / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
-            tqdm.write(json.dumps(record))
+                record["held_out_accuracy"] = exit_accuracy(run.averaged, held_out_batches, run.normalize)
+            with log.open("a") as file:
+                file.writelines(json.dumps({**noted, "loss": float(noted["loss"])}) + "\n" for noted in records)
+            tqdm.write(json.dumps({**record, "loss": float(record["loss"])}))
+            run.save(last)
+        records.clear()
     final = out / "model.safetensors"
     if processes.first:
         save_model(final, run.averaged, recipe=asdict(recipe), epochs=run.epoch, training_images=len(training))
@@ -275,3 +421,10 @@ def train(
         dist.barrier()
         dist.destroy_process_group()
     return final
+
+
+def _forget_after(epoch: int, log: Path) -> None:
+    """Drop the lines of epochs that the checkpoint does not have: the run was cut short between the two."""
+    if log.exists():
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch))
