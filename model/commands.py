@@ -45,11 +45,12 @@ def train(
 
     A slice of IMAGES is held out (field held_out); `dvt calibrate` finds it by the same fraction. OUT gets
     last.safetensors to resume from, model.safetensors (averaged weights) to evaluate and export, and metrics.jsonl.
-    On several GPUs or machines torchrun starts it.
+    On several GPUs or machines torchrun starts it. Photographs of few pixels train faster with in_memory: they are
+    decoded once and augmented in batches, on the device.
 
     \b
     Examples:
-      dvt train photo10/train runs/photo10
+      dvt train photo10/train runs/photo10 --graph
       dvt train photo10/train runs/photo10 --resume
       dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3 --set variant.grids=4,8
       dvt train cifar10/train runs/cifar --recipe fine-tune --from t2t-vit-12.safetensors
