@@ -194,7 +194,8 @@ def mix(
     Each image is mixed with the one before it: batches come in an order drawn anew in every epoch.
     """
     off = smoothing / num_classes
-    targets = F.one_hot(labels, num_classes).float() * (1 - smoothing) + off
+    classes = torch.arange(num_classes, device=labels.device)
+    targets = (labels[:, None] == classes).float() * (1 - smoothing) + off
     choices = [name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
     if not choices or rng.random() >= probability:
         return images, targets

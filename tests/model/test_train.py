@@ -106,7 +106,7 @@ def test_images_in_memory_and_from_files_train_alike(image_folder: Path, tmp_pat
     """With nothing random but the order, the two are the same images."""
     curves = []
     for in_memory in (False, True):
-        recipe = replace(SHORT, min_area=1.0, colour=0.0, mix_probability=0.0, in_memory=in_memory, lr=4e-3, epochs=4)
+        recipe = replace(SHORT, min_area=1.0, colour=0.0, mix_probability=0.0, in_memory=in_memory, lr=4e-3)
         run = tmp_path / str(in_memory)
         train(image_folder, run, recipe)
         curves.append(losses(run))
