@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from model.augment import jitter, rand_augment, random_resized_crop
 from model.batch_augment import Augment, draw
 
+IN_MEMORY_BYTES = 8_000_000_000  # of decoded images, at most; twice that while they are decoded
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 
@@ -147,7 +148,12 @@ class EpochSampler(Sampler[int]):
 
 
 def decoded(samples: list[Sample], resize: int, crop: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All images as the evaluation sees them, decoded once: (N, 3, crop, crop) uint8, and labels (N,)."""
+    """All images as the evaluation sees them, decoded once: (N, 3, crop, crop) uint8, and labels (N,). Raises
+    ValueError where they would take too much memory."""
+    if (size := len(samples) * 3 * crop * crop) > IN_MEMORY_BYTES:
+        limit = f"{IN_MEMORY_BYTES / 1e9:.0f} GB"
+        raise ValueError(f"{len(samples)} images of {crop} pixels a side take {size / 1e9:.0f} GB, more than {limit}: "
+                         "set in_memory=false")  # fmt: skip
     images = EvalImages(samples, resize, crop)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets other threads run while it decodes
         pixels = torch.stack([image for image, _ in pool.map(images.__getitem__, range(len(samples)))])

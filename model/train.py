@@ -113,7 +113,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, graph: bool = False) -> torch.optim.Optimizer:
-    """With `graph` the rates are tensors: a CUDA graph reads them anew each time, numbers would be frozen in it."""
+    """With `graph` (AdamW only) the rates are tensors: a CUDA graph reads them anew, numbers would be frozen in it."""
     groups = parameter_groups(model, recipe)
     if graph:
         for group in groups:
@@ -352,8 +352,9 @@ def train(
     """
     deadline = time.monotonic() + minutes * 60
     processes = Processes.start()
-    if graph and (processes.device.type != "cuda" or processes.world > 1 or recipe.precision == "fp16"):
-        raise ValueError("a step is recorded as a CUDA graph only on a single GPU, in bf16 or fp32")
+    alone = processes.device.type == "cuda" and processes.world == 1
+    if graph and not (alone and recipe.optimizer == "adamw" and recipe.precision != "fp16"):
+        raise ValueError("a step is recorded as a CUDA graph only on a single GPU, with AdamW, in bf16 or fp32")
     labels, samples = scan_image_folder(data)
     model = initial_model(recipe, labels, start)
     config = model.config

@@ -193,3 +193,8 @@ def test_erasing_replaces_a_rectangle_in_some_images():
         rows, columns = mask.any(dim=1), mask.any(dim=0)
         assert int(mask.sum()) == int(rows.sum() * columns.sum())  # a full rectangle
         assert 0.01 < mask.float().mean() < 0.36
+
+
+def test_images_that_would_fill_the_memory_are_refused_before_one_is_read(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"50000 images of 256 pixels a side take 10 GB.*in_memory=false"):
+        decoded([Sample(tmp_path / "none.png", 0)] * 50_000, 256, 256, CPU)
