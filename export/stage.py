@@ -20,6 +20,8 @@ import torch.onnx.ops
 from torch import Tensor, nn
 
 from export.savings import keep_class_row
+from export.soft_split import ChannelsLastTokens
+from model.backbones.t2t_vit import TokensToToken
 from model.config import DVTConfig
 from model.dvt import DVT, Stage
 from model.layers import Attention
@@ -88,9 +90,15 @@ class StageGraph(nn.Module):
         # An ablation is exported as it is.
         if saving and not self.stage.hands_on and model.config.feature_design == "final":
             keep_class_row(self.stage, onnx_attention)
-        std = torch.tensor(model.config.std).view(1, 3, 1, 1) * 255
-        self.register_buffer("scale", 1 / std)
-        self.register_buffer("shift", -torch.tensor(model.config.mean).view(1, 3, 1, 1) * 255 / std)
+        self.channels_last = isinstance(self.stage.tokenizer, TokensToToken)
+        if isinstance(self.stage.tokenizer, TokensToToken):
+            self.stage.tokenizer = ChannelsLastTokens(self.stage.tokenizer)
+        # Channels last, the factors of a whole row: engines are slow where three numbers are stretched over many.
+        shape = (1, 3) if self.channels_last else (3, 1, 1)
+        row = (model.config.image_size, 1) if self.channels_last else (1, 1, 1)
+        std = torch.tensor(model.config.std).view(shape) * 255
+        self.register_buffer("scale", (1 / std).repeat(row))
+        self.register_buffer("shift", (-torch.tensor(model.config.mean).view(shape) * 255 / std).repeat(row))
 
     @property
     def takes_state(self) -> bool:
@@ -103,8 +111,10 @@ class StageGraph(nn.Module):
         -> logits (B, K), probabilities (B, K), confidence (B,), and but for the last stage its own features and
         relations."""
         state = None if features is None or relations is None else ReuseState(features, relations)
-        # Cast first: an integer transpose does not build in TensorRT.
-        pixels = image.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.shift
+        pixels = image.to(torch.float32)  # first: an integer transpose does not build in TensorRT
+        if not self.channels_last:
+            pixels = pixels.permute(0, 3, 1, 2)
+        pixels = pixels * self.scale + self.shift
         logits, handed_on = self.stage(pixels, state)
         probabilities = logits.softmax(dim=-1)
         answer = (logits, probabilities, self._confidence(logits, probabilities))
