@@ -19,6 +19,7 @@ import torch
 import torch.onnx.ops
 from torch import Tensor, nn
 
+from export.cpu import suit_cpu
 from export.savings import keep_class_row
 from export.soft_split import ChannelsLastTokens
 from model.backbones.t2t_vit import TokensToToken
@@ -59,7 +60,8 @@ class TensorShape(NamedTuple):
 
 
 class StageGraph(nn.Module):
-    """The module that is exported for stage `number` (from 1). Takes its own copy of the weights.
+    """The module that is exported for stage `number` (from 1). Takes its own copy of the weights; without `saving` it
+    computes as the model is written.
 
     Raises ValueError for the entropy of a single class, which says nothing.
     """
@@ -87,12 +89,15 @@ class StageGraph(nn.Module):
         for module in self.stage.modules():
             if isinstance(module, Attention):
                 module.attend = onnx_attention
-        # An ablation is exported as it is.
-        if saving and not self.stage.hands_on and model.config.feature_design == "final":
-            keep_class_row(self.stage, onnx_attention)
-        self.channels_last = isinstance(self.stage.tokenizer, TokensToToken)
-        if isinstance(self.stage.tokenizer, TokensToToken):
-            self.stage.tokenizer = ChannelsLastTokens(self.stage.tokenizer)
+        tokenizer = self.stage.tokenizer
+        self.channels_last = saving and isinstance(tokenizer, TokensToToken)
+        if saving:
+            # An ablation is exported as it is.
+            if not self.stage.hands_on and model.config.feature_design == "final":
+                keep_class_row(self.stage, onnx_attention)
+            if isinstance(tokenizer, TokensToToken):
+                self.stage.tokenizer = ChannelsLastTokens(tokenizer)
+            suit_cpu(self.stage)
         # Channels last, the factors of a whole row: engines are slow where three numbers are stretched over many.
         shape = (1, 3) if self.channels_last else (3, 1, 1)
         row = (model.config.image_size, 1) if self.channels_last else (1, 1, 1)
