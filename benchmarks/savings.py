@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Options, Report, finish, parse
-from export.stage import StageGraph
+from export.savings import keep_class_row
+from export.stage import StageGraph, onnx_attention
 from export.to_onnx import write_onnx
 from export.write import seeded_model
 from model.dvt import DVT
@@ -106,7 +107,9 @@ def measure(options: Options) -> Report:
 
 
 def _session(model: DVT, stage: int, case: str, folder: Path):  # type: ignore[no-untyped-def]
-    graph = StageGraph(model, stage, saving=case == "class-row")
+    graph = StageGraph(model, stage, saving=False)
+    if case == "class-row" and not graph.stage.hands_on:
+        keep_class_row(graph.stage, onnx_attention)
     relations, features = graph.stage.relation_reuse, graph.stage.feature_reuse
     if case == "all-layers-at-once":
         relations.__class__ = AllAtOnce

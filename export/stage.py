@@ -19,7 +19,10 @@ import torch
 import torch.onnx.ops
 from torch import Tensor, nn
 
+from export.cpu import suit_cpu
 from export.savings import keep_class_row
+from export.soft_split import ChannelsLastTokens
+from model.backbones.t2t_vit import TokensToToken
 from model.config import DVTConfig
 from model.dvt import DVT, Stage
 from model.layers import Attention
@@ -57,7 +60,8 @@ class TensorShape(NamedTuple):
 
 
 class StageGraph(nn.Module):
-    """The module that is exported for stage `number` (from 1). Takes its own copy of the weights.
+    """The module that is exported for stage `number` (from 1). Takes its own copy of the weights; without `saving` it
+    computes as the model is written.
 
     Raises ValueError for the entropy of a single class, which says nothing.
     """
@@ -85,12 +89,21 @@ class StageGraph(nn.Module):
         for module in self.stage.modules():
             if isinstance(module, Attention):
                 module.attend = onnx_attention
-        # An ablation is exported as it is.
-        if saving and not self.stage.hands_on and model.config.feature_design == "final":
-            keep_class_row(self.stage, onnx_attention)
-        std = torch.tensor(model.config.std).view(1, 3, 1, 1) * 255
-        self.register_buffer("scale", 1 / std)
-        self.register_buffer("shift", -torch.tensor(model.config.mean).view(1, 3, 1, 1) * 255 / std)
+        tokenizer = self.stage.tokenizer
+        self.channels_last = saving and isinstance(tokenizer, TokensToToken)
+        if saving:
+            # An ablation is exported as it is.
+            if not self.stage.hands_on and model.config.feature_design == "final":
+                keep_class_row(self.stage, onnx_attention)
+            if isinstance(tokenizer, TokensToToken):
+                self.stage.tokenizer = ChannelsLastTokens(tokenizer)
+            suit_cpu(self.stage)
+        # Channels last, the factors of a whole row: engines are slow where three numbers are stretched over many.
+        shape = (1, 3) if self.channels_last else (3, 1, 1)
+        row = (model.config.image_size, 1) if self.channels_last else (1, 1, 1)
+        std = torch.tensor(model.config.std).view(shape) * 255
+        self.register_buffer("scale", (1 / std).repeat(row))
+        self.register_buffer("shift", (-torch.tensor(model.config.mean).view(shape) * 255 / std).repeat(row))
 
     @property
     def takes_state(self) -> bool:
@@ -103,8 +116,10 @@ class StageGraph(nn.Module):
         -> logits (B, K), probabilities (B, K), confidence (B,), and but for the last stage its own features and
         relations."""
         state = None if features is None or relations is None else ReuseState(features, relations)
-        # Cast first: an integer transpose does not build in TensorRT.
-        pixels = image.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.shift
+        pixels = image.to(torch.float32)  # first: an integer transpose does not build in TensorRT
+        if not self.channels_last:
+            pixels = pixels.permute(0, 3, 1, 2)
+        pixels = pixels * self.scale + self.shift
         logits, handed_on = self.stage(pixels, state)
         probabilities = logits.softmax(dim=-1)
         answer = (logits, probabilities, self._confidence(logits, probabilities))

@@ -14,7 +14,7 @@ import torch
 from export.stage import IMAGE, StageGraph
 
 OPSET = 23  # the first with Attention
-NORMALIZED = "normalized"  # tensor in every graph: the image after normalisation, (B, 3, S, S) float32
+NORMALIZED = "normalized"  # tensor in every graph: the image after normalisation, float32, (B, 3, S, S) or (B, S, S, 3)
 
 
 def write_onnx(graph: StageGraph, path: Path) -> None:
@@ -45,15 +45,15 @@ def write_onnx(graph: StageGraph, path: Path) -> None:
     for part in (proto, proto.graph, *proto.graph.node, *proto.graph.initializer):
         part.ClearField("metadata_props")  # stack traces, with paths of the machine that exported
         part.ClearField("doc_string")
-    _name_normalized(proto.graph)
+    _name_normalized(proto.graph, graph.channels_last)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
 
 
-def _name_normalized(graph: onnx.GraphProto) -> None:
-    """Give the tensor that leaves the normalisation its name: image -> Cast -> Transpose -> Mul -> Add -> this."""
+def _name_normalized(graph: onnx.GraphProto, channels_last: bool) -> None:
+    """Give the tensor that leaves the normalisation its name: image -> Cast (-> Transpose) -> Mul -> Add -> this."""
     name = IMAGE
-    for operator in ("Cast", "Transpose", "Mul", "Add"):
+    for operator in ("Cast", *([] if channels_last else ["Transpose"]), "Mul", "Add"):
         found = [node for node in graph.node if name in node.input and node.op_type != "Shape"]
         if [node.op_type for node in found] != [operator]:
             raise RuntimeError(f"expected the normalisation's {operator} after {name}, found {found}")
@@ -70,7 +70,8 @@ def _rename(node: onnx.NodeProto, old: str, new: str) -> None:
 
 
 def normalized_input(path: Path) -> onnx.ModelProto:
-    """The graph of `path` with its image input replaced by the normalised image: for inputs that are not pixels."""
+    """The graph of `path` with its image input replaced by the normalised image, (B, 3, S, S) whatever the layout
+    inside: for inputs that are not pixels."""
     proto = onnx.load(path)
     graph = proto.graph
     state = [value for value in graph.input if value.name != IMAGE]
@@ -78,13 +79,19 @@ def normalized_input(path: Path) -> onnx.ModelProto:
     pixels = onnx.helper.make_tensor_value_info(NORMALIZED, onnx.TensorProto.FLOAT, ["B", 3, side, side])
     del graph.input[:]
     graph.input.extend([pixels, *state])
-    dead = {IMAGE}  # what only the normalisation computed
+    dead, channels_last = {IMAGE}, True  # what only the normalisation computed
     for node in list(graph.node):
         if node.op_type == "Shape":  # asks for the batch, which both have
             _rename(node, IMAGE, NORMALIZED)
         if dead & set(node.input):
             graph.node.remove(node)
+            channels_last &= node.op_type != "Transpose"
             if NORMALIZED in node.output:
                 break
             dead.update(node.output)
+    if channels_last:
+        inside = f"{NORMALIZED}_channels_last"
+        for node in graph.node:
+            _rename(node, NORMALIZED, inside)
+        graph.node.insert(0, onnx.helper.make_node("Transpose", [NORMALIZED], [inside], perm=[0, 2, 3, 1]))
     return proto

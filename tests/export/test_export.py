@@ -17,9 +17,11 @@ from export.stage import StageGraph
 from export.verify import VerificationError, run_cascade, torch_logits, verify
 from export.write import export_checkpoint
 from model.checkpoint import CheckpointError, load_model
+from model.config import variant
 from server.__main__ import build
-from server.bundle.manifest import Bundle
+from server.bundle.manifest import EMBEDDED, Bundle
 from server.calibration.calibrate import calibrate, read_image_folder
+from server.calibration.every_stage import every_stage
 from server.engines.onnx import OnnxEngine, open_session
 
 
@@ -135,6 +137,22 @@ def test_a_bundle_s_logits_for_normalised_inputs_are_the_checkpoint_s(
     assert results[0].shape == (3, 5, 4)
     assert results[0].dtype == np.float32
     np.testing.assert_allclose(*results, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["channels last", "channels first"])
+def test_normalised_inputs_are_classified_as_the_pixels_they_come_from(layout: str, micro_checkpoint, micro_bundle):
+    if layout == "channels last":
+        bundle, config = Bundle.load(micro_bundle), load_model(micro_checkpoint)[0].config
+    else:  # no T2T
+        bundle, config = Bundle.load(EMBEDDED), variant("photo10")
+    size = config.image_size
+    images = np.random.default_rng(3).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
+    normalised = (images / 255 - config.mean) / config.std
+    logits = bundle_logits(bundle, normalised.transpose(0, 3, 1, 2).astype(np.float32))
+    probabilities = torch.from_numpy(logits).softmax(-1).numpy()
+    outputs = every_stage(OnnxEngine(bundle), images)
+    for got, want in zip(probabilities, outputs, strict=True):
+        np.testing.assert_allclose(got, want.probabilities, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_a_stage_answers_the_same_with_less_work(features: bool, relations: bool
             )
         assert len(after) == len(before)
         for got, want in zip(after, before, strict=True):
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)  # sums in other orders, of large weights
 
 
 def test_the_last_stage_does_less():
@@ -46,7 +46,7 @@ def test_the_last_stage_does_less():
         graph = StageGraph(model, 3, saving)
         rows = []
         block = graph.stage.blocks[-1]
-        block.mlp.fc1.register_forward_hook(lambda _, inputs, __, rows=rows: rows.append(inputs[0].shape[1]))
+        block.norm2.register_forward_hook(lambda _, inputs, __, rows=rows: rows.append(inputs[0].shape[1]))
         with torch.inference_mode():
             graph(*graph.example(batch=1))
         counts += rows
@@ -61,3 +61,13 @@ def test_a_stage_that_hands_on_keeps_all_its_rows():
             outputs = graph(*graph.example(batch=2))
         shapes = [tuple(t.shape[1:]) for t in outputs[3:]]
         assert shapes == [shape[1:] for _, shape in list(graph.outputs().values())[3:]]
+
+
+@pytest.mark.parametrize("design", ["all-layers", "linear", "layer-wise", "final-layer", "naive-upsampling"])
+def test_every_design_of_relation_reuse_answers_the_same(design: str):
+    model = lively(relation_design=design)
+    plain, saving = StageGraph(model, 2, saving=False), StageGraph(model, 2)
+    inputs = plain.example(batch=2)
+    with torch.inference_mode():
+        for got, want in zip(saving(*inputs), plain(*inputs), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -198,6 +198,20 @@ def test_survivors_of_several_batches_go_on_in_any_order(engine: Engine, images)
     np.testing.assert_array_equal(output.probabilities, together.probabilities[1][order])
 
 
+def test_what_waits_is_not_written_over_by_what_comes_later(engine: Engine, images):
+    want = all_stages(engine, images)
+    early, waiting, late = images[:4], images[4:8], images[8:]
+    said = {name: first(engine, batch) for name, batch in (("early", early), ("waiting", waiting))}
+    said["early"] = then(engine, 2, early, said["early"].slots)
+    said["late"] = first(engine, late)  # an engine may put it where the early ones were
+    said["late"] = then(engine, 2, late[:1], said["late"].slots[:1])
+    said["early"] = then(engine, 3, early, said["early"].slots, LEAVE)
+    said["waiting"] = then(engine, 3, waiting, then(engine, 2, waiting, said["waiting"].slots).slots, LEAVE)
+    said["late"] = then(engine, 3, late[:1], said["late"].slots, LEAVE)
+    got = np.concatenate([said[name].probabilities for name in ("early", "waiting", "late")])
+    np.testing.assert_array_equal(got, want.probabilities[2, :9])
+
+
 def test_freed_slots_are_gone(engine: Engine, images):
     slots = [slot for slot in first(engine, images).slots if slot is not None]
     engine.free(slots[:3])
@@ -243,7 +257,7 @@ def test_warming_up_leaves_nothing_held(engine: Engine):
 def test_batch_sizes_follow_from_the_tokens_unless_they_are_set(bundle: Bundle):
     assert load_engine(bundle).max_batch_sizes == (16, 16, 16)
     assert load_engine(bundle, max_batch_sizes=(3, 2, 1)).max_batch_sizes == (3, 2, 1)
-    assert [largest_batch_that_pays(tokens) for tokens in (50, 101, 197)] == [16, 8, 4]
+    assert [largest_batch_that_pays(tokens) for tokens in (17, 50, 101, 197)] == [16, 8, 4, 2]
     with pytest.raises(ValueError, match="batch sizes"):
         load_engine(bundle, max_batch_sizes=(3, 2))
 
