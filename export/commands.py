@@ -88,10 +88,10 @@ def export(
     manifest, imported = written.manifest, written.solved
     points = len(imported.rows) if imported else 0
     if as_json:
-        head = {"path": str(written.path), "version": manifest.version}
+        head = {"path": str(written.path), "version": manifest.version, "precision": manifest.precision}
         click.echo(json.dumps({**head, "parity": dict(manifest.parity), "operating_points": points}))
         return
-    click.echo(f"{written.path}: {manifest.name} {manifest.version}")
+    click.echo(f"{written.path}: {manifest.name} {manifest.version} in {manifest.precision}")
     for number, stage in enumerate(manifest.stages, start=1):
         difference = manifest.parity["max_logit_difference"][number - 1]
         side = stage.grid[0]

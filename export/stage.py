@@ -92,11 +92,11 @@ class StageGraph(nn.Module):
         # An ablation is exported as it is.
         if saving and not self.stage.hands_on and model.config.feature_design == "final":
             keep_class_row(self.stage, operator)
-        if precision != "fp32":  # last of all steps: what the others put in is rounded, too
-            halve(self.stage, DTYPES[precision])
         std = torch.tensor(model.config.std).view(1, 3, 1, 1) * 255
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -torch.tensor(model.config.mean).view(1, 3, 1, 1) * 255 / std)
+        if precision != "fp32":  # the last step: it also rounds what the others put in
+            halve(self.stage, DTYPES[precision])
 
     @property
     def takes_state(self) -> bool:
