@@ -34,6 +34,13 @@ def export(
             help="What an exit's confidence is: the largest probability, or 1 - entropy / log(classes).",
         ),
     ] = "max_probability",
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|fp16|bf16",
+            help="fp32: graphs for CPUs. fp16 or bf16: graphs for GPUs, whose attention, MLPs and state are in it.",
+        ),
+    ] = "fp32",
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint as a bundle: one ONNX file per stage, run and compared with PyTorch.
@@ -45,11 +52,15 @@ def export(
     Examples:
       dvt export runs/photo10/model.safetensors photo10-bundle
       dvt export runs/photo10/model.safetensors photo10-entropy --criterion entropy
+      dvt export runs/photo10/model.safetensors photo10-fp16 --precision fp16
     """
     if criterion not in ("max_probability", "entropy"):
         raise click.UsageError(f"--criterion is max_probability or entropy, not {criterion}")
+    if precision not in ("fp32", "fp16", "bf16"):
+        raise click.UsageError(f"--precision is fp32, fp16 or bf16, not {precision}")
     from tqdm import tqdm
 
+    from export.half import Precision
     from export.verify import VerificationError
     from export.write import export_checkpoint
     from server.bundle.frontier import Criterion
@@ -62,7 +73,14 @@ def export(
             bar.update()
 
         try:
-            written = export_checkpoint(checkpoint, bundle, progress, cast(Criterion, criterion), notices.append)
+            written = export_checkpoint(
+                checkpoint,
+                bundle,
+                progress,
+                cast(Criterion, criterion),
+                notices.append,
+                cast(Precision, precision),
+            )
         except (ValueError, OSError, VerificationError) as error:
             raise click.ClickException(said(error)) from None
     for notice in notices:
@@ -70,10 +88,10 @@ def export(
     manifest, imported = written.manifest, written.solved
     points = len(imported.rows) if imported else 0
     if as_json:
-        head = {"path": str(written.path), "version": manifest.version}
+        head = {"path": str(written.path), "version": manifest.version, "precision": manifest.precision}
         click.echo(json.dumps({**head, "parity": dict(manifest.parity), "operating_points": points}))
         return
-    click.echo(f"{written.path}: {manifest.name} {manifest.version}")
+    click.echo(f"{written.path}: {manifest.name} {manifest.version} in {manifest.precision}")
     for number, stage in enumerate(manifest.stages, start=1):
         difference = manifest.parity["max_logit_difference"][number - 1]
         side = stage.grid[0]

@@ -26,7 +26,7 @@ def imported_frontier(
     """What `imported`, the entry of that name in a checkpoint's header, says of the bundle's operating points.
 
     None where it says nothing, and where what it says is malformed: then `notice` is told in one line what is wrong,
-    as it is where the costs differ from ours.
+    as it is where the costs differ from ours, and where the bundle is in half precision.
     """
     if "dynamic_threshold" not in imported:
         return None
@@ -40,6 +40,8 @@ def imported_frontier(
 def _frontier(imported: Mapping[str, Any], manifest: Manifest, notice: Callable[[str], None]) -> Frontier:
     if manifest.criterion != "max_probability":
         raise ValueError(f"they are for the largest probability, not for {manifest.criterion}")
+    if manifest.precision != "fp32":
+        notice(f"the checkpoint's thresholds were not solved in {manifest.precision}; calibrate before relying on them")
     macs = np.array(manifest.stage_gmacs)
     shares = geometric_shares(len(macs))  # (59, E)
     points, exits = shares.shape

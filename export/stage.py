@@ -20,12 +20,13 @@ import torch.onnx.ops
 from torch import Tensor, nn
 
 from export.cpu import suit_cpu
+from export.half import DTYPES, Precision, halve
 from export.savings import keep_class_row
 from export.soft_split import ChannelsLastTokens
 from model.backbones.t2t_vit import TokensToToken
 from model.config import DVTConfig
 from model.dvt import DVT, Stage
-from model.layers import Attention
+from model.layers import Attention, attend
 from model.reuse import ReuseState, features_shape
 from server.bundle.frontier import Criterion
 
@@ -75,6 +76,7 @@ class StageGraph(nn.Module):
         number: int,
         saving: bool = True,
         criterion: Criterion = "max_probability",
+        precision: Precision = "fp32",
     ) -> None:
         super().__init__()
         if criterion == "entropy" and model.config.num_classes < 2:
@@ -84,26 +86,31 @@ class StageGraph(nn.Module):
         self.config = model.config
         self.number = number
         self.criterion = criterion
+        self.precision: Precision = precision
         self.stage = copy.deepcopy(stage).cpu().float().eval()
         self.stage.head = BatchInvariantHead(self.stage.head)  # type: ignore[assignment]
+        operator = onnx_attention if precision == "fp32" else attend
         for module in self.stage.modules():
             if isinstance(module, Attention):
-                module.attend = onnx_attention
+                module.attend = operator
         tokenizer = self.stage.tokenizer
         self.channels_last = saving and isinstance(tokenizer, TokensToToken)
         if saving:
             # An ablation is exported as it is.
             if not self.stage.hands_on and model.config.feature_design == "final":
-                keep_class_row(self.stage, onnx_attention)
+                keep_class_row(self.stage, operator)
             if isinstance(tokenizer, TokensToToken):
                 self.stage.tokenizer = ChannelsLastTokens(tokenizer)
-            suit_cpu(self.stage)
+            if precision == "fp32":
+                suit_cpu(self.stage)
         # Channels last, the factors of a whole row: engines are slow where three numbers are stretched over many.
         shape = (1, 3) if self.channels_last else (3, 1, 1)
         row = (model.config.image_size, 1) if self.channels_last else (1, 1, 1)
         std = torch.tensor(model.config.std).view(shape) * 255
         self.register_buffer("scale", (1 / std).repeat(row))
         self.register_buffer("shift", (-torch.tensor(model.config.mean).view(shape) * 255 / std).repeat(row))
+        if precision != "fp32":  # the last step: it also rounds what the others put in
+            halve(self.stage, DTYPES[precision])
 
     @property
     def takes_state(self) -> bool:
@@ -112,7 +119,7 @@ class StageGraph(nn.Module):
     def forward(
         self, image: Tensor, features: Tensor | None = None, relations: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """image (B, S, S, 3) uint8; features (B, n, D), relations (B, C, n+1, n+1) float32 from stage 2 on
+        """image (B, S, S, 3) uint8; features (B, n, D), relations (B, C, n+1, n+1) of `precision` from stage 2 on
         -> logits (B, K), probabilities (B, K), confidence (B,), and but for the last stage its own features and
         relations."""
         state = None if features is None or relations is None else ReuseState(features, relations)
@@ -137,7 +144,7 @@ class StageGraph(nn.Module):
         size = self.config.image_size
         shapes = {IMAGE: TensorShape("uint8", ("B", size, size, 3))}
         if self.takes_state:
-            shapes |= _state_shapes(self.config, self.number - 1)
+            shapes |= _state_shapes(self.config, self.number - 1, self.precision)
         return shapes
 
     def outputs(self) -> dict[str, TensorShape]:
@@ -145,7 +152,7 @@ class StageGraph(nn.Module):
         shapes = {name: TensorShape("float32", ("B", K)) for name in ANSWER[:2]}
         shapes[ANSWER[2]] = TensorShape("float32", ("B",))
         if self.stage.hands_on:
-            shapes |= _state_shapes(self.config, self.number)
+            shapes |= _state_shapes(self.config, self.number, self.precision)
         return shapes
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
@@ -157,15 +164,16 @@ class StageGraph(nn.Module):
             if dtype == "uint8":
                 tensors.append(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
             else:
-                tensors.append(torch.randn(shape, generator=generator))
+                tensors.append(torch.randn(shape, generator=generator).to(DTYPES[self.precision]))
         return tuple(tensors)
 
 
-def _state_shapes(config: DVTConfig, number: int) -> dict[str, TensorShape]:
+def _state_shapes(config: DVTConfig, number: int, precision: Precision) -> dict[str, TensorShape]:
     """State that stage `number` leaves."""
     grid = config.grids[number - 1]
     n, channels = grid * grid, config.depth * config.num_heads
     shapes: tuple[tuple[int | str, ...], ...] = (("B", *features_shape(config, grid)), ("B", channels, n + 1, n + 1))
     # Named after the stage that leaves them: a graph may not have an input and an output of one name.
     names = (f"features_{number}", f"relations_{number}")
-    return {name: TensorShape("float32", shape) for name, shape in zip(names, shapes, strict=True)}
+    dtype = str(DTYPES[precision]).removeprefix("torch.")
+    return {name: TensorShape(dtype, shape) for name, shape in zip(names, shapes, strict=True)}

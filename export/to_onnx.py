@@ -1,4 +1,5 @@
-"""A stage's graph as an ONNX file for ONNX Runtime: opset 23, fp32, `Attention` as one operator, dynamic batch."""
+"""A stage's graph as an ONNX file, with a dynamic batch: in fp32 for ONNX Runtime on CPUs, opset 23 with `Attention` as
+one operator; in half precision for GPUs, opset 20, where TensorRT builds all of it."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 
+from export.half import Precision
 from export.stage import IMAGE, StageGraph
 
-OPSET = 23  # the first with Attention
+OPSETS: dict[Precision, int] = {"fp32": 23, "fp16": 20, "bf16": 20}  # the first with Attention; the first with Gelu
 NORMALIZED = "normalized"  # tensor in every graph: the image after normalisation, float32, (B, 3, S, S) or (B, S, S, 3)
 
 
@@ -32,7 +35,7 @@ def write_onnx(graph: StageGraph, path: Path) -> None:
                 graph,
                 graph.example(batch=2),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=OPSETS[graph.precision],
                 input_names=list(inputs),
                 output_names=list(graph.outputs()),
                 dynamic_shapes=tuple({0: batch} for _ in inputs),
@@ -95,3 +98,32 @@ def normalized_input(path: Path) -> onnx.ModelProto:
             _rename(node, NORMALIZED, inside)
         graph.node.insert(0, onnx.helper.make_node("Transpose", [NORMALIZED], [inside], perm=[0, 2, 3, 1]))
     return proto
+
+
+def without_bfloat16(path: Path) -> onnx.ModelProto:
+    """The graph of `path` with float32 wherever it has bfloat16, the weights as they were rounded: ONNX Runtime has no
+    kernels for bfloat16 on CPUs."""
+    proto = onnx.load(path)
+    graph = proto.graph
+    for value in (*graph.input, *graph.output):
+        tensor = value.type.tensor_type
+        tensor.elem_type = _widened(tensor.elem_type)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to":
+                attribute.i = _widened(attribute.i)
+            elif attribute.HasField("t"):
+                attribute.t.CopyFrom(_widened_tensor(attribute.t))
+    for tensor in graph.initializer:
+        tensor.CopyFrom(_widened_tensor(tensor))
+    return proto
+
+
+def _widened(dtype: int) -> int:
+    return onnx.TensorProto.FLOAT if dtype == onnx.TensorProto.BFLOAT16 else dtype
+
+
+def _widened_tensor(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    if tensor.data_type != onnx.TensorProto.BFLOAT16:
+        return tensor
+    return onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name)

@@ -11,9 +11,10 @@ from pathlib import Path
 import onnx
 import torch
 
+from export.half import Precision
 from export.imported import imported_frontier
 from export.stage import StageGraph, TensorShape
-from export.to_onnx import OPSET, write_onnx
+from export.to_onnx import OPSETS, without_bfloat16, write_onnx
 from export.verify import verify
 from model.checkpoint import load_model
 from model.dvt import DVT
@@ -29,6 +30,7 @@ def export_checkpoint(
     progress: Callable[[str], None] = lambda _: None,
     criterion: Criterion = "max_probability",
     notice: Callable[[str], None] = lambda _: None,
+    precision: Precision = "fp32",
 ) -> Bundle:
     """Write the bundle of a checkpoint. It still wants a calibration before it can serve, unless the checkpoint brings
     thresholds along; what is odd about those, in one line, goes to `notice`.
@@ -43,9 +45,9 @@ def export_checkpoint(
         "recipe": recipe,
         "torch": version("torch").split("+")[0],
         "onnx": onnx.__version__,
-        "opset": OPSET,
+        "opset": OPSETS[precision],
     }
-    bundle = export_model(model, out, provenance, progress, criterion)
+    bundle = export_model(model, out, provenance, progress, criterion, precision)
     frontier = imported_frontier(header.get("imported", {}), bundle.manifest, notice)
     return bundle if frontier is None else bundle.write_frontier(frontier)
 
@@ -56,6 +58,7 @@ def export_model(
     provenance: dict[str, object],
     progress: Callable[[str], None] = lambda _: None,
     criterion: Criterion = "max_probability",
+    precision: Precision = "fp32",
 ) -> Bundle:
     """As `export_checkpoint`, for a model in memory."""
     if out.exists():
@@ -63,7 +66,10 @@ def export_model(
     config = model.config
     progress("counting MACs")
     macs = cumulative_macs(model)
-    graphs = [StageGraph(model, number, criterion=criterion) for number in range(1, config.num_stages + 1)]
+    graphs = [
+        StageGraph(model, number, criterion=criterion, precision=precision)
+        for number in range(1, config.num_stages + 1)
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -83,7 +89,10 @@ def export_model(
                 )
             )
         progress("comparing with PyTorch")
-        sessions = [open_session(building / stage.file) for stage in stages]
+        sessions = [
+            open_session(without_bfloat16(file).SerializeToString() if precision == "bf16" else file)
+            for file in (building / stage.file for stage in stages)
+        ]
         parity = verify(model, graphs, sessions)
         write_manifest(
             building,
@@ -91,7 +100,7 @@ def export_model(
             labels=config.labels or tuple(str(i) for i in range(config.num_classes)),
             preprocessing=Preprocessing(resize=config.resize, crop=(config.image_size, config.image_size)),
             stages=stages,
-            precision="fp32",
+            precision=precision,
             criterion=criterion,
             parity=parity.to_dict(),
             provenance=provenance,

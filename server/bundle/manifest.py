@@ -129,11 +129,18 @@ class Manifest(_Frozen):
                 raise ValueError(f"stage {number} has no output `{min(missing)}`")
             classes = stage.outputs["logits"].shape[-1:]
             if classes != (len(self.labels),):
-                shown = classes[0] if classes else "no"
-                raise ValueError(f"stage {number} has {shown} classes, but there are {len(self.labels)} labels")
-            handed_on = self.stages[number - 2].outputs.keys() if number > 1 else frozenset[str]()
-            if unmet := stage.inputs.keys() - {"image"} - handed_on:
+                count = classes[0] if classes else "no"
+                raise ValueError(f"stage {number} has {count} classes, but there are {len(self.labels)} labels")
+            handed_on = self.stages[number - 2].outputs if number > 1 else {}
+            state = stage.inputs.keys() - {"image"}
+            if unmet := state - handed_on.keys():
                 raise ValueError(f"stage {number} wants `{min(unmet)}`, which no stage before it leaves")
+            if other := [name for name in state if stage.inputs[name].dtype != handed_on[name].dtype]:
+                name = min(other)
+                wanted, left = stage.inputs[name].dtype, handed_on[name].dtype
+                raise ValueError(
+                    f"stage {number} wants `{name}` as {shown(wanted)}, the stage before leaves {shown(left)}"
+                )
         costs = self.stage_gmacs
         if any(later <= earlier for earlier, later in pairwise(costs)):
             raise ValueError(f"cumulative gmacs {list(costs)} do not rise from stage to stage")

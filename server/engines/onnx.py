@@ -36,7 +36,8 @@ from server.errors import BundleError
 Tensor = NDArray[Any]
 State = tuple[Tensor, ...]  # one row of each tensor that the next stage takes besides the image
 
-DTYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}  # of a manifest, as the runtime calls them
+# Of a manifest, as the runtime calls them.
+DTYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,12 @@ class _Stage:
 class OnnxEngine:
     """Owns the sessions and the reuse state. See `core.Engine` for the contract.
 
-    Raises BundleError, naming the file, for a stage that cannot be loaded or does not fit its manifest.
+    Raises BundleError, naming the file, for a stage that cannot be loaded or does not fit its manifest, and for a
+    bundle in bf16. One in fp16 runs, but no faster than in fp32.
     """
 
     def __init__(self, bundle: Bundle, *, max_batch_sizes: Sequence[int] | None = None) -> None:
+        refuse_bfloat16(bundle)
         manifest = bundle.manifest
         self.num_stages = len(manifest.stages)
         self.num_classes = len(manifest.labels)
@@ -140,6 +143,16 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def refuse_bfloat16(bundle: Bundle) -> None:
+    """Raises BundleError for what ONNX Runtime has no kernels for on CPUs, nor numpy a type."""
+    for stage in bundle.manifest.stages:
+        if any(spec.dtype == "bfloat16" for spec in (*stage.inputs.values(), *stage.outputs.values())):
+            raise BundleError(
+                f"{bundle.path}: is in bf16, which ONNX Runtime does not run on CPUs; "
+                "run it on a GPU, or export it again with --precision fp32"
+            )
 
 
 def open_session(graph: Path | bytes) -> ort.InferenceSession:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations, backbone
+from benchmarks import ablations, backbone, precision
 
 Run = Callable[..., dict[str, Any]]
 
@@ -200,3 +200,16 @@ def test_deciding_costs_little_more_with_many_queued_and_no_swap_is_torn(run: Ru
     assert results["broken"] == []
     assert results["figures"]["us_at_500"] > 0
     assert results["figures"]["looked"] > 0
+
+
+def test_half_precision_is_held_against_fp32(image_folder: Path, micro_checkpoint: Path, tmp_path: Path) -> None:
+    arguments = [str(image_folder), str(image_folder), "--checkpoint", str(micro_checkpoint), "--held-out", "0.5"]
+    arguments += ["--seeded", "micro", "--photos", "2", "--out", str(tmp_path)]
+    assert precision.main(arguments) == 0
+    figures = json.loads((tmp_path / "precision.json").read_text())["figures"]
+    assert figures["judging"] == 160
+    assert 0 < max(figures["fp16_confidence_largest"]) < max(figures["bf16_confidence_largest"]) < 0.1
+    assert max(figures["fp16_in_ONNX_Runtime_confidence_largest"]) < 0.01
+    assert figures["fp16_area"] == pytest.approx(figures["fp32_area"], abs=0.05)
+    assert 0 < max(figures["micro_fp16_logits_largest"]) < max(figures["micro_bf16_logits_largest"])
+    assert figures["micro_fp16_wrong"] == figures["micro_bf16_wrong"] == 0

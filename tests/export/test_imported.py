@@ -122,6 +122,15 @@ def test_they_are_for_the_largest_probability_only(manifest: Manifest):
     assert "not for entropy" in notices[0]
 
 
+def test_a_bundle_in_half_precision_has_them_and_is_told_that_they_are_not_its_own(manifest: Manifest):
+    notices: list[str] = []
+    half = manifest.model_copy(update={"precision": "fp16"})
+    frontier = imported_frontier(as_kept(manifest.stage_gmacs), half, notices.append)
+    assert frontier is not None
+    assert frontier.key == half.frontier_key
+    assert notices == ["the checkpoint's thresholds were not solved in fp16; calibrate before relying on them"]
+
+
 def test_costs_that_are_not_ours_are_told_and_ours_are_used(manifest: Manifest):
     notices: list[str] = []
     kept = as_kept(tuple(1.2 * gmacs for gmacs in manifest.stage_gmacs))

@@ -204,6 +204,10 @@ def test_what_is_missing_or_no_regular_file_is_named(root: Path, tmp_path: Path)
         (lambda d: d["stages"][0]["inputs"].clear(), r"stage 1 has no input `image`"),
         (lambda d: d["stages"][2]["outputs"].pop("confidence"), r"stage 3 has no output `confidence`"),
         (lambda d: d["stages"][0]["outputs"].pop("features"), r"stage 2 wants `features`"),
+        (
+            lambda d: d["stages"][1]["inputs"]["features"].update(dtype="float16"),
+            r"stage 2 wants `features` as 'float16', the stage before leaves 'float32'",
+        ),
         (lambda d: d["stages"].reverse(), r"stage 1 wants|stage 2 wants|do not rise"),
         (lambda d: d["preprocessing"].update(resize=80), r"version does not follow"),
         (lambda d: d["preprocessing"].update(resize=32), r"preprocessing: resize 32 is smaller"),

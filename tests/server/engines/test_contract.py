@@ -1,4 +1,5 @@
-"""What every engine promises (`core.Engine`): FakeEngine, and ONNX Runtime on three small hand-made stages."""
+"""What every engine promises (`core.Engine`): FakeEngine, and ONNX Runtime on three small hand-made stages, whose state
+is in fp32 or in half."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def outputs(stage: int) -> Shapes:
     return {"logits": ("B", CLASSES), "probabilities": ("B", CLASSES), "confidence": ("B",), **state(stage)}
 
 
-def stage_model(stage: int) -> onnx.ModelProto:
+def stage_model(stage: int, state_type: int = TensorProto.FLOAT) -> onnx.ModelProto:
     """All inputs flattened and joined, then one random matrix for each output."""
     rng = np.random.default_rng(stage)
     inputs: Shapes = {"image": IMAGE, **state(stage - 1)}
@@ -50,7 +51,8 @@ def stage_model(stage: int) -> onnx.ModelProto:
         helper.make_node("Cast", ["image"], ["image_f32"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["image_f32", "scale"], ["image_scaled"]),
         helper.make_node("Reshape", ["image_scaled", "rows"], ["image_flat"]),
-        *[helper.make_node("Reshape", [name, "rows"], [f"{name}_flat"]) for name in state(stage - 1)],
+        *[helper.make_node("Cast", [name], [f"{name}_f32"], to=TensorProto.FLOAT) for name in state(stage - 1)],
+        *[helper.make_node("Reshape", [f"{name}_f32", "rows"], [f"{name}_flat"]) for name in state(stage - 1)],
         helper.make_node("Concat", [f"{name}_flat" for name in inputs], ["joined"], axis=1),
     ]
     width = sum(int(np.prod(shape[1:])) for shape in inputs.values())
@@ -59,29 +61,35 @@ def stage_model(stage: int) -> onnx.ModelProto:
         constants[f"{name}_w"] = rng.normal(0, 0.3, (width, size)).astype(np.float32)
         constants[f"{name}_shape"] = np.array([-1, *shape[1:]])
         nodes.append(helper.make_node("MatMul", ["joined", f"{name}_w"], [f"{name}_row"]))
-        nodes.append(helper.make_node("Reshape", [f"{name}_row", f"{name}_shape"], [name]))
+        nodes.append(helper.make_node("Reshape", [f"{name}_row", f"{name}_shape"], [f"{name}_f32"]))
+        to = TensorProto.FLOAT if name == "logits" else state_type
+        nodes.append(helper.make_node("Cast", [f"{name}_f32"], [name], to=to))
     nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
     nodes.append(helper.make_node("ReduceMax", ["probabilities", "last"], ["confidence"], keepdims=0))
-    kinds = {"image": TensorProto.UINT8}
+    kinds = {"image": TensorProto.UINT8, **dict.fromkeys([*state(stage - 1), *state(stage)], state_type)}
     graph = helper.make_graph(
         nodes,
         f"stage{stage}",
         [helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), s) for n, s in inputs.items()],
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs(stage).items()],
+        [helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), s) for n, s in outputs(stage).items()],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def write_bundle(root: Path, **changed_outputs: tuple[int | str, ...]) -> Bundle:
+def write_bundle(root: Path, state_dtype: str = "float32", **changed_outputs: tuple[int | str, ...]) -> Bundle:
     """A bundle of those stages; `changed_outputs`: other shapes than the graphs have, for the manifest only."""
+    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
     stages = []
     for stage, grid in enumerate(GRIDS, start=1):
-        onnx.save(stage_model(stage), root / f"stage{stage}.onnx")
+        onnx.save(stage_model(stage, types[state_dtype]), root / f"stage{stage}.onnx")
         inputs = {"image": TensorSpec(dtype="uint8", shape=IMAGE)}
-        inputs |= {name: TensorSpec(dtype="float32", shape=shape) for name, shape in state(stage - 1).items()}
+        inputs |= {name: TensorSpec(dtype=state_dtype, shape=shape) for name, shape in state(stage - 1).items()}
         named = outputs(stage) | {name: shape for name, shape in changed_outputs.items() if name in outputs(stage)}
-        left = {name: TensorSpec(dtype="float32", shape=shape) for name, shape in named.items()}
+        left = {
+            name: TensorSpec(dtype=state_dtype if name in state(stage) else "float32", shape=shape)
+            for name, shape in named.items()
+        }
         stages.append(
             StageSpec.of(root, f"stage{stage}.onnx", inputs=inputs, outputs=left, grid=grid, gmacs=float(stage))
         )
@@ -95,12 +103,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_bundle(tmp_path_factory.mktemp("bundle"))
 
 
+@pytest.fixture(scope="module")
+def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("half"), "float16")
+
+
 ENGINES = ("fake", "onnx")  # modules of server.engines
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Engine]:
-    engine: Engine = FakeEngine() if request.param == "fake" else load_engine(bundle)
+@pytest.fixture(params=[*ENGINES, "onnx, state in half"])
+def engine(request: pytest.FixtureRequest, bundle: Bundle, half_bundle: Bundle) -> Iterator[Engine]:
+    if request.param == "fake":
+        engine: Engine = FakeEngine()
+    else:
+        engine = load_engine(bundle if request.param == "onnx" else half_bundle)
     yield engine
     engine.close()
 
@@ -294,3 +310,15 @@ def test_a_graph_of_one_batch_size_is_refused(tmp_path: Path):
     onnx.save(model, tmp_path / "stage1.onnx")
     with pytest.raises(BundleError, match=r"stage1\.onnx: input `image`"):
         load_engine(bundle)
+
+
+def test_a_tensor_of_another_type_than_the_manifest_says_is_named(tmp_path: Path):
+    bundle = write_bundle(tmp_path)
+    onnx.save(stage_model(1, TensorProto.FLOAT16), tmp_path / "stage1.onnx")
+    with pytest.raises(BundleError, match=r"stage1\.onnx: output `\w+1` is tensor\(float16\) .*says float32"):
+        load_engine(bundle)
+
+
+def test_a_bundle_in_bf16_is_refused_with_what_to_do(tmp_path: Path):
+    with pytest.raises(BundleError, match=r"is in bf16, which ONNX Runtime does not run on CPUs; .*--precision fp32$"):
+        load_engine(write_bundle(tmp_path, "bfloat16"))
