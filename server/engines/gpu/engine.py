@@ -38,7 +38,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,10 @@ def row_bytes(spec: TensorSpec) -> int:
     if spec.dtype not in ITEM_BYTES or any(isinstance(size, str) for size in sizes):
         raise BundleError(f"a GPU does not take tensors of {spec.dtype} {list(spec.shape)}")
     return ITEM_BYTES[spec.dtype] * math.prod(int(size) for size in sizes)
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
 
 
 class _Layout:
@@ -314,7 +318,9 @@ class GpuEngine:
         self.num_classes = len(manifest.labels)
         self.input_size = manifest.preprocessing.size
         self.executors = executors
-        self._device, self._stages = device, tuple(stages)
+        self._device = device
+        self._stages: tuple[Stage, ...] = tuple(stages)
+        self._closed = False
         self._plans = _plans(stages)
         self._lock = threading.Lock()  # of making programs
         self._lost: Exception | None = None
@@ -378,13 +384,14 @@ class GpuEngine:
 
     def close(self) -> None:
         """May be called twice. What a lost device does not take back any more is left to the end of the process."""
-        lanes, stores = self._all_lanes, self._stores
-        self._all_lanes, self._stores = [], []
-        if not lanes:
-            return
-        for close in (part.close for part in (*lanes, *stores, *self._stages, self._device)):
+        closing: list[_Closes] = [*self._all_lanes, *self._stores, *self._stages]
+        if not self._closed:
+            closing.append(self._device)
+        self._closed = True
+        self._all_lanes, self._stores, self._stages, self._plans = [], [], (), []
+        for part in closing:
             with suppress(Exception):
-                close()
+                part.close()
 
     def _run(self, lane: _Lane, plan: _Plan, batch: StageBatch, loan: Loan) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         largest = plan.stage.batch_sizes[-1]
