@@ -1,0 +1,94 @@
+"""A device to run on: the fake one, and a real one where there is one. On a machine that has little more than a GPU and
+torch for it, without the conftests above:
+
+    python -m pytest -c /dev/null --rootdir=. --confcutdir=tests/server/engines/gpu --import-mode=importlib \
+        tests/server/engines/gpu
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import pytest
+
+from server.bundle.manifest import EMBEDDED, Bundle
+from server.engines.gpu import torch_stage
+from server.engines.gpu.device import Device
+from server.engines.gpu.engine import GpuEngine, batch_sizes
+from server.engines.gpu.probe import visible_gpus
+from server.engines.gpu.stage import Stage
+from tests.server.engines.gpu.fake_cuda import FakeCuda, HostPlace
+from tests.server.engines.small_stages import write_bundle
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@dataclass
+class Rig:
+    """A device, torch on it, and engines that are closed at the end."""
+
+    device: Device
+    place: torch_stage.Place
+    within: float  # what float32 answers may differ by from another engine's
+    engines: list[GpuEngine]
+
+    def stages(self, bundle: Bundle, largest: int = 8) -> list[torch_stage.TorchStage]:
+        return torch_stage.load(bundle, self.place, [batch_sizes(largest)] * len(bundle.manifest.stages))
+
+    def engine(
+        self, bundle: Bundle, stages: Sequence[Stage] | None = None, *, largest: int = 8, **options: Any
+    ) -> GpuEngine:
+        engine = GpuEngine(
+            bundle, self.device, stages or self.stages(bundle, largest), name="torch-cuda", runtime="torch", **options
+        )
+        self.engines.append(engine)
+        return engine
+
+
+@pytest.fixture(params=["fake", pytest.param("cuda", marks=pytest.mark.gpu)])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """On the fake device or on a real one."""
+    if request.param == "fake":
+        cuda: Device = FakeCuda()
+        assert isinstance(cuda, FakeCuda)
+        found = Rig(cuda, HostPlace(cuda), 1e-5, [])
+    else:
+        if not visible_gpus():
+            pytest.skip("there is no NVIDIA GPU")
+        from server.engines.gpu.cuda import CudaDevice
+
+        cuda = CudaDevice()
+        found = Rig(cuda, torch_stage.CudaPlace(), 1e-4, [])
+    yield found
+    for engine in found.engines:
+        assert engine.slots_in_use == 0, "every test leaves nothing held"
+        engine.close()
+    if isinstance(cuda, FakeCuda):
+        assert not cuda.faults
+        assert not cuda.leaks
+    gc.collect()
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    """The fake device, for what a real one cannot be asked to do. A test that breaks it looks after its own faults."""
+    fake = FakeCuda()
+    yield fake
+    assert not fake.faults
+    assert not fake.leaks
+
+
+@pytest.fixture(scope="session")
+def photo10() -> Bundle:
+    """The embedded model: a real three-exit DVT, small."""
+    return Bundle.load(EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("bundle"))
