@@ -14,6 +14,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 
 from server.bundle.manifest import EMBEDDED, Bundle
 from server.engines.gpu import torch_stage
@@ -26,6 +27,8 @@ from tests.server.engines.small_stages import write_bundle
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+torch.set_num_threads(1)  # the models are tiny
 
 
 @dataclass

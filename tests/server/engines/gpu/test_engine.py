@@ -278,13 +278,7 @@ def test_no_more_states_than_it_has_rows_for(rig: Rig, small: Bundle) -> None:
 
 
 def test_a_device_with_little_memory_holds_fewer_states(small: Bundle, caplog: pytest.LogCaptureFixture) -> None:
-    row = sum(
-        row_bytes(spec) for stage in small.manifest.stages[1:] for n, spec in stage.inputs.items() if n != "image"
-    )
-    probe = FakeCuda()
-    engine = engine_on(probe, small, largest=2, max_slots=1)
-    fixed = (1 << 30) - probe.free_memory() - (1 + 4 + 1) * row
-    engine.close()
+    fixed, row = _without_states(small)
     cuda = FakeCuda(memory=fixed + 2 * 11 * row)
     with caplog.at_level(logging.WARNING):
         engine = engine_on(cuda, small, largest=2, max_slots=1000)
@@ -295,11 +289,24 @@ def test_a_device_with_little_memory_holds_fewer_states(small: Bundle, caplog: p
 
 
 def test_a_device_without_room_for_one_state_is_refused(small: Bundle) -> None:
-    cuda = FakeCuda(memory=100_000)
-    with pytest.raises(OutOfDeviceMemory):
-        engine_on(cuda, small, largest=64)
-    assert not cuda.leaks
-    assert cuda.closed
+    fixed, row = _without_states(small)
+    for memory in (0, fixed - 1, fixed, fixed + 2 * row):
+        cuda = FakeCuda(memory=memory)
+        with pytest.raises(OutOfDeviceMemory):
+            engine_on(cuda, small, largest=2)
+        assert not cuda.leaks
+        assert cuda.closed
+
+
+def _without_states(bundle: Bundle) -> tuple[int, int]:
+    """Bytes that an engine with batches of two takes without its states, and those of a state at every boundary."""
+    states = [spec for stage in bundle.manifest.stages[1:] for name, spec in stage.inputs.items() if name != "image"]
+    row = sum(map(row_bytes, states))
+    cuda = FakeCuda()
+    engine = engine_on(cuda, bundle, largest=2, max_slots=1)
+    taken = (1 << 30) - cuda.free_memory()
+    engine.close()
+    return taken - (1 + 4 + 1) * row, row
 
 
 @settings(max_examples=25, deadline=None)
@@ -459,7 +466,7 @@ def test_closing_twice_is_closing_once(cuda: FakeCuda, small: Bundle) -> None:
 def test_stages_that_do_not_fit_together_are_named(cuda: FakeCuda, small: Bundle) -> None:
     stages = torch_stage.load(small, HostPlace(cuda), [(1,)] * 3)
     stages[1].inputs = {**stages[1].inputs, "features1": TensorSpec(dtype="float16", shape=("B", 2, 6))}
-    with pytest.raises(BundleError, match="`features1` leaves stage 1 as .* and the next one takes .*float16"):
+    with pytest.raises(BundleError, match=r"`features1` leaves stage 1 as .* and the next one takes .*float16"):
         GpuEngine(small, cuda, stages, name="none", runtime="none")
     stages = torch_stage.load(small, HostPlace(cuda), [(1,)] * 3)
     stages[2].outputs = {**stages[2].outputs, "confidence": TensorSpec(dtype="float16", shape=("B",))}
