@@ -7,8 +7,8 @@ torch for it, without the conftests above:
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,28 +53,44 @@ class Rig:
         return engine
 
 
+@contextmanager
+def _fake() -> Iterator[Rig]:
+    cuda = FakeCuda()
+    with closing_engines(Rig(cuda, HostPlace(cuda), 1e-5, [])) as rig:
+        yield rig
+    assert not cuda.faults
+    assert not cuda.leaks
+
+
+@contextmanager
+def _real() -> Iterator[Rig]:
+    if not visible_gpus():
+        pytest.skip("there is no NVIDIA GPU")
+    from server.engines.gpu.cuda import CudaDevice
+
+    with closing_engines(Rig(CudaDevice(), torch_stage.CudaPlace(), 1e-4, [])) as rig:
+        yield rig
+
+
+@contextmanager
+def closing_engines(rig: Rig) -> Iterator[Rig]:
+    yield rig
+    for engine in rig.engines:
+        assert engine.slots_in_use == 0, "every test leaves nothing held"
+        engine.close()
+
+
 @pytest.fixture(params=["fake", pytest.param("cuda", marks=pytest.mark.gpu)])
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     """On the fake device or on a real one."""
-    if request.param == "fake":
-        cuda: Device = FakeCuda()
-        assert isinstance(cuda, FakeCuda)
-        found = Rig(cuda, HostPlace(cuda), 1e-5, [])
-    else:
-        if not visible_gpus():
-            pytest.skip("there is no NVIDIA GPU")
-        from server.engines.gpu.cuda import CudaDevice
+    with _fake() if request.param == "fake" else _real() as found:
+        yield found
 
-        cuda = CudaDevice()
-        found = Rig(cuda, torch_stage.CudaPlace(), 1e-4, [])
-    yield found
-    for engine in found.engines:
-        assert engine.slots_in_use == 0, "every test leaves nothing held"
-        engine.close()
-    if isinstance(cuda, FakeCuda):
-        assert not cuda.faults
-        assert not cuda.leaks
-    gc.collect()
+
+@pytest.fixture
+def rig_on_gpu() -> Iterator[Rig]:
+    with _real() as found:
+        yield found
 
 
 @pytest.fixture
