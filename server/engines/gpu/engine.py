@@ -360,7 +360,8 @@ class GpuEngine:
             self._lanes.put(lane)
         self._pool = SlotPool(len(self._stores), rows)
         self.max_slots: int | None = rows
-        self.max_batch_sizes = tuple(min(stage.batch_sizes[-1], rows) for stage in stages)
+        # Whoever runs a batch of these in every lane, as calibrating does, always finds rows.
+        self.max_batch_sizes = tuple(min(stage.batch_sizes[-1], rows // executors) for stage in stages)
 
     @property
     def slots_in_use(self) -> int:
@@ -435,7 +436,7 @@ class GpuEngine:
         try:
             self._device.attach()
             yield lane
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C, too: nothing of the batch may still write when its rows are given back
             try:
                 self._device.synchronize(lane.stream)
             except Exception as lost:
@@ -472,8 +473,8 @@ class GpuEngine:
             return wanted
         free = self._device.free_memory()
         rows = min(wanted, int(STORE_SHARE * free) // row - 1)  # one of each store is the blank one
-        if rows < 1:
-            raise OutOfDeviceMemory(f"{free / 2**20:.0f} MiB are free, and the state of one image takes {row} bytes")
+        if rows < self.executors:
+            raise OutOfDeviceMemory(f"{free / 2**20:.0f} MiB are free, and the state of an image takes {row} bytes")
         if rows < wanted:
             log.warning("the device's memory holds the state of %d images at once, not of %d", rows, wanted)
         return rows

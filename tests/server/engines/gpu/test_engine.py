@@ -279,18 +279,19 @@ def test_no_more_states_than_it_has_rows_for(rig: Rig, small: Bundle) -> None:
 
 def test_a_device_with_little_memory_holds_fewer_states(small: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     fixed, row = _without_states(small)
-    cuda = FakeCuda(memory=fixed + 2 * 11 * row)
+    cuda = FakeCuda(memory=fixed + 2 * 4 * row)
     with caplog.at_level(logging.WARNING):
         engine = engine_on(cuda, small, largest=2, max_slots=1000)
-    assert engine.max_slots == 10, "half of what is free, and one row of it stays blank"
-    assert "of 10 images at once, not of 1004" in caplog.text
+    assert engine.max_slots == 3, "half of what is free, and one row of it stays blank"
+    assert engine.max_batch_sizes == (1, 1, 1), "in both lanes at once"
+    assert "of 3 images at once, not of 1004" in caplog.text
     engine.close()
     assert not cuda.faults
 
 
 def test_a_device_without_room_for_one_state_is_refused(small: Bundle) -> None:
     fixed, row = _without_states(small)
-    for memory in (0, fixed - 1, fixed, fixed + 2 * row):
+    for memory in (0, fixed - 1, fixed, fixed + 2 * 2 * row):
         cuda = FakeCuda(memory=memory)
         with pytest.raises(OutOfDeviceMemory):
             engine_on(cuda, small, largest=2)
