@@ -239,26 +239,36 @@ class TorchContext:
                     constants[node.outputs[0]] = shape[node.get("start", 0) : node.get("end", None)]
                     continue
                 kernel, which = node.kernel(constants)
-                if all(name in constants for name in node.inputs if name):
+                if all(name in constants for name in node.inputs if name):  # of shapes alone
                     constants.update(node.named(kernel(*(constants[name] if name else None for name in which))))
                     continue
-                results = [name for name in node.outputs if name]
-                if node.operator == "Concat" and results[0] in self._wanted:  # the largest that a stage leaves
-                    kernel = _into(kernel, self._wanted[results[0]])
-                new = [_Step(kernel, tuple(argument(name) for name in which), node.outputs)]
-                if node.operator != "Concat":
-                    new += [_Step(self._wanted[name].copy_, (name,), ()) for name in results if name in self._wanted]
-                for step in new:
+                step = _Step(kernel, tuple(argument(name) for name in which), node.outputs)
+                with _explaining(node):
                     self._do(step, values)
+                steps.append(step)
+                results = [name for name in node.outputs if name]
                 shapes |= {name: values[name].shape for name in results}
+                for name in self._wanted.keys() & set(results):
+                    self._check(name, values[name])
+                    self._wanted[name].copy_(values[name])
+                    if node.operator == "Concat":  # the largest that a stage leaves: it is made where it belongs
+                        step.kernel = _into(kernel, self._wanted[name])
+                    else:
+                        steps.append(_Step(self._wanted[name].copy_, (name,), ()))
                 dead = {name for name in (*node.inputs, *results) if name in values and last_use[name] == at}
-                new[-1].dead = tuple(dead - self._given.keys())
-                for name in new[-1].dead:
+                steps[-1].dead = tuple(dead - self._given.keys())
+                for name in steps[-1].dead:
                     del values[name]
-                steps += new
             if missing := self._wanted.keys() - shapes.keys():
                 raise BundleError(f"`{min(missing)}` does not depend on the inputs")
         self._steps = steps
+
+    def _check(self, name: str, found: Tensor) -> None:
+        """Raises BundleError for an output that is not what the manifest says."""
+        said = self._wanted[name]
+        if (found.shape, found.dtype) != (said.shape, said.dtype):
+            what = [f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.") for tensor in (found, said)]
+            raise BundleError(f"output `{name}` is {what[0]}, the manifest says {what[1]}")
 
     @torch.inference_mode()
     def _again(self) -> None:
@@ -273,6 +283,18 @@ class TorchContext:
             values.update(_named(step.results, given))
         for name in step.dead:
             del values[name]
+
+
+@contextlib.contextmanager
+def _explaining(node: _Node) -> Iterator[None]:
+    """Tensors that do not fit an operator are the bundle's fault; memory and devices are not."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        said = str(error)
+        if "out of memory" in said or "CUDA" in said:
+            raise
+        raise BundleError(f"{node.operator} that gives `{node.outputs[0]}`: {said.splitlines()[0]}") from error
 
 
 def _into(concat: Kernel, out: Tensor) -> Kernel:

@@ -14,7 +14,7 @@ from server.bundle.manifest import Bundle, StageSpec, TensorSpec
 from server.engines.gpu import torch_stage
 from server.errors import BundleError
 from tests.server.engines.gpu.fake_cuda import FakeCuda, HostPlace
-from tests.server.engines.small_stages import stage_model, write_bundle
+from tests.server.engines.small_stages import MAPS, stage_model, write_bundle
 
 RNG = np.random.default_rng(0)
 B = 3
@@ -257,3 +257,43 @@ def test_a_graph_that_does_not_fit_its_manifest_is_named(tmp_path: Path) -> None
     (tmp_path / "stage1.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match=r"stage1\.onnx: cannot be read as ONNX"):
         torch_stage.TorchStage(tmp_path / "stage1.onnx", spec, HostPlace(FakeCuda()), (1,))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"relations1": ("B", MAPS, 3, 4)},
+            r"stage1\.onnx: output `relations1` is float32 \[1, 2, 3, 3\]",
+        ),
+        (
+            {"probabilities": ("B", 1)},
+            r"output `probabilities` .*, the manifest says float32 \[1, 1\]",
+        ),
+    ],
+)
+def test_an_output_of_another_shape_than_the_manifest_says_is_named(
+    tmp_path: Path, changed: dict[str, tuple[int | str, ...]], message: str
+) -> None:
+    spec = write_bundle(tmp_path, **changed).manifest.stages[0]
+    cuda = FakeCuda()
+    found = torch_stage.TorchStage(tmp_path / "stage1.onnx", spec, HostPlace(cuda), (1,))
+    stream = cuda.stream()
+    addresses = {name: cuda.allocate(4096) for name in ("image", "probabilities", "confidence", "relations1")}
+    found.context(1, addresses, 0, stream).enqueue()
+    with pytest.raises(BundleError, match=message):
+        cuda.synchronize(stream)
+
+
+def test_tensors_that_do_not_fit_an_operator_are_the_bundles_fault(tmp_path: Path) -> None:
+    proto, spec = first_stage(write_bundle(tmp_path))
+    weights = next(tensor for tensor in proto.graph.initializer if tensor.name == "logits_w")
+    weights.CopyFrom(numpy_helper.from_array(f32(7, 10), "logits_w"))
+    onnx.save(proto, tmp_path / "changed.onnx")
+    cuda = FakeCuda()
+    found = torch_stage.TorchStage(tmp_path / "changed.onnx", spec, HostPlace(cuda), (1,))
+    stream = cuda.stream()
+    addresses = {name: cuda.allocate(4096) for name in ("image", "probabilities", "confidence")}
+    found.context(1, addresses, 0, stream).enqueue()
+    with pytest.raises(BundleError, match=r"changed\.onnx: MatMul that gives `logits_row`: .*shapes"):
+        cuda.synchronize(stream)
