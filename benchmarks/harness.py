@@ -120,11 +120,12 @@ def finish(report: Report, options: Options) -> int:
             "broken": report.broken,
         }
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"{report.name}.json").write_text(json.dumps(document, indent=2, default=_plain) + "\n")
+        (options.out / f"{report.name}.json").write_text(json.dumps(document, indent=2, default=plain) + "\n")
     return 1 if report.broken else 0
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON knows of a number or an array."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(type(value).__name__)
