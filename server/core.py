@@ -72,13 +72,21 @@ class StageOutput:
     slots: Sequence[Slot | None]  # per row: the state kept for the next stage, or None where the row leaves
 
 
+class EngineLost(Exception):
+    """What an engine raises when it can run nothing any more, as after an error from which a GPU does not come back
+    within a process: whoever started the process should start it anew."""
+
+
 class Engine(Protocol):
     """Runs single stages. Blocking; `run` is called from `executors` threads at once, the rest from anywhere.
 
     `run` gives back the slots it was handed and takes new ones for the survivors. Should `run` raise, it has taken
-    none and the slots it was handed are still held: the caller frees them.
+    none and the slots it was handed are still held: the caller frees them. Raises EngineLost where that is so.
     """
 
+    name: str  # as it is asked for: DVT_ENGINE
+    executors: int  # batches that pay at once
+    max_slots: int | None  # states that it can hold; None: as many as the host's memory can
     num_stages: int
     num_classes: int
     input_size: tuple[int, int]  # (H, W)

@@ -23,6 +23,10 @@ class FakeEngine:
     pixels it began with: a slot that belongs to another image or stage is an AssertionError.
     """
 
+    name = "fake"
+    executors = 1
+    max_slots = None
+
     def __init__(
         self,
         *,

@@ -26,6 +26,7 @@ from server.bundle.manifest import Bundle, StageSpec, TensorSpec
 from server.core import Slot, StageBatch, StageOutput
 from server.engines.slots import SlotTable
 from server.errors import BundleError
+from server.settings import usable_cores
 
 Tensor = NDArray[Any]
 State = tuple[Tensor, ...]  # one row of each tensor that the next stage takes besides the image
@@ -47,6 +48,9 @@ class OnnxEngine:
     Raises BundleError, naming the file, for a stage that cannot be loaded or does not fit its manifest.
     """
 
+    name = "onnx"
+    max_slots = None
+
     def __init__(self, bundle: Bundle, *, max_batch_sizes: Sequence[int] | None = None) -> None:
         manifest = bundle.manifest
         self.num_stages = len(manifest.stages)
@@ -57,6 +61,7 @@ class OnnxEngine:
         )
         self.runtime = f"onnxruntime {ort.__version__}"
         self.device = cpu_model()
+        self.executors = usable_cores()
         if len(self.max_batch_sizes) != self.num_stages:
             raise ValueError(f"{len(self.max_batch_sizes)} batch sizes for {self.num_stages} stages")
         takes = [tuple(sorted(stage.inputs.keys() - {"image"})) for stage in manifest.stages]
