@@ -51,6 +51,7 @@ class Recording(Engine):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.name, self.executors, self.max_slots = engine.name, engine.executors, engine.max_slots
         self.num_stages, self.num_classes = engine.num_stages, engine.num_classes
         self.input_size, self.max_batch_sizes = engine.input_size, engine.max_batch_sizes
         self.runtime, self.device = engine.runtime, engine.device

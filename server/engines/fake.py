@@ -25,7 +25,7 @@ class FakeEngine:
 
     name = "fake"
     executors = 1
-    max_slots = None
+    max_slots: int | None = None
 
     def __init__(
         self,

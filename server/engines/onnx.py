@@ -49,7 +49,7 @@ class OnnxEngine:
     """
 
     name = "onnx"
-    max_slots = None
+    max_slots: int | None = None
 
     def __init__(self, bundle: Bundle, *, max_batch_sizes: Sequence[int] | None = None) -> None:
         manifest = bundle.manifest

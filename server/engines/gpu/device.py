@@ -1,5 +1,5 @@
-"""What the GPU runtime needs of CUDA, and no more. `cuda` does it on a real device; the tests bring a device of their own
-that checks every move.
+"""What the GPU runtime needs of CUDA, and no more. `cuda` does it on a real device; the tests bring a device of their
+own that checks every move.
 
 Addresses, streams, events and graphs are the numbers that CUDA gives them. Everything that takes a stream returns at
 once; what it asked for happens later, in the stream's order.

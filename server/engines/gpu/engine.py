@@ -2,9 +2,9 @@
 
 Theory of operation
 -------------------
-A *lane* is what one batch in flight needs for itself: a stream, an event, page-locked memory on the host, staging memory
-and activations on the device. There are as many lanes as batches run at once; two, so that the host fills one while the
-other computes. A lane belongs to one thread at a time.
+A *lane* is what one batch in flight needs for itself: a stream, an event, page-locked memory on the host, staging
+memory and activations on the device. There are as many lanes as batches run at once; two, so that the host fills one
+while the other computes. A lane belongs to one thread at a time.
 
 A *program* is one stage at one batch size in one lane, every tensor at an address that never changes:
 
@@ -21,8 +21,8 @@ Where a stage cannot be recorded the same is put on the stream call by call.
 A batch runs in the smallest size that holds it. Rows that only fill it up read a row of zeros, have threshold 0, which
 no confidence is below, and so leave nothing. A batch larger than the largest size runs in parts.
 
-Nothing is synchronised between streams, and nothing needs to be: a row is given to another batch only after the host has
-waited for the one that read or wrote it last.
+Nothing is synchronised between streams, and nothing needs to be: a row is given to another batch only after the host
+has waited for the one that read or wrote it last.
 
 When a batch fails the lane is waited for, so that nothing of it still writes, before its rows are given back. A stream
 that cannot even be waited for is one whose device is lost (CUDA's sticky errors): the engine then refuses everything,
@@ -38,6 +38,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,8 @@ from server.engines.gpu.stage import Context, Stage
 from server.errors import BundleError
 
 log = logging.getLogger(__name__)
+
+Number = TypeVar("Number", bound=np.generic)
 
 LANES = 2
 LARGEST_BATCH = 64
@@ -69,6 +72,10 @@ def row_bytes(spec: TensorSpec) -> int:
     if spec.dtype not in ITEM_BYTES or any(isinstance(size, str) for size in sizes):
         raise BundleError(f"a GPU does not take tensors of {spec.dtype} {list(spec.shape)}")
     return ITEM_BYTES[spec.dtype] * math.prod(int(size) for size in sizes)
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
 
 
 class _Layout:
@@ -311,7 +318,9 @@ class GpuEngine:
         self.num_classes = len(manifest.labels)
         self.input_size = manifest.preprocessing.size
         self.executors = executors
-        self._device, self._stages = device, tuple(stages)
+        self._device = device
+        self._stages: tuple[Stage, ...] = tuple(stages)
+        self._closed = False
         self._plans = _plans(stages)
         self._lock = threading.Lock()  # of making programs
         self._lost: Exception | None = None
@@ -375,14 +384,14 @@ class GpuEngine:
 
     def close(self) -> None:
         """May be called twice. What a lost device does not take back any more is left to the end of the process."""
-        lanes, stores = self._all_lanes, self._stores
-        self._all_lanes, self._stores = [], []
-        for part in (*lanes, *stores, *(self._stages if lanes else ())):
+        closing: list[_Closes] = [*self._all_lanes, *self._stores, *self._stages]
+        if not self._closed:
+            closing.append(self._device)
+        self._closed = True
+        self._all_lanes, self._stores, self._stages, self._plans = [], [], (), []
+        for part in closing:
             with suppress(Exception):
                 part.close()
-        if lanes:
-            with suppress(Exception):
-                self._device.close()
 
     def _run(self, lane: _Lane, plan: _Plan, batch: StageBatch, loan: Loan) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         largest = plan.stage.batch_sizes[-1]
@@ -469,6 +478,6 @@ def _shape(spec: TensorSpec, size: int) -> tuple[int, ...]:
     return (size, *(int(one) for one in spec.shape[1:]))
 
 
-def _view(host: Host, offset: int, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+def _view(host: Host, offset: int, dtype: type[Number], shape: tuple[int, ...]) -> NDArray[Number]:
     size = np.dtype(dtype).itemsize * math.prod(shape)
     return host[offset : offset + size].view(dtype).reshape(shape)

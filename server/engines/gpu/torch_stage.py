@@ -12,9 +12,10 @@ float32 is true float32: TF32, which torch takes for convolutions unless it is t
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,8 +64,6 @@ class Place(Protocol):
         while a recorded graph may still use it."""
         ...
 
-    def close(self) -> None: ...
-
 
 class CudaPlace:
     """The first CUDA device. Raises RuntimeError where torch has none."""
@@ -73,7 +72,7 @@ class CudaPlace:
         if not torch.cuda.is_available():
             raise RuntimeError(f"torch {torch.__version__} finds no CUDA device")
         self.device = torch.device("cuda", 0)
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         # Partial sums of half precision products are added in float32, as the other engines do.
@@ -88,26 +87,27 @@ class CudaPlace:
 
     def run(self, stream: int, work: Callable[[], None]) -> None:
         if stream not in self._streams:
-            self._streams[stream] = torch.cuda.ExternalStream(stream, self.device), torch.cuda.MemPool()
+            self._streams[stream] = (
+                torch.cuda.ExternalStream(stream, self.device),  # type: ignore[no-untyped-call]
+                torch.cuda.MemPool(),
+            )
         ours, pool = self._streams[stream]
         # A pool of its own, as torch's own graphs have: freed memory is used again by later work of the same stream,
         # and stays at its address as long as the pool lives.
         with torch.cuda.stream(ours), torch.cuda.use_mem_pool(pool, self.device):
             work()
 
-    def close(self) -> None:
-        self._streams.clear()
+
+_ARRAY_TYPES = {torch.uint8: "|u1", torch.int16: "<i2", torch.float16: "<f2", torch.float32: "<f4"}
 
 
 class _Memory:
     """Somebody else's memory, as the CUDA array interface (version 3) describes it."""
 
-    TYPES = {torch.uint8: "|u1", torch.int16: "<i2", torch.float16: "<f2", torch.float32: "<f4"}
-
     def __init__(self, address: int, shape: Shape, dtype: torch.dtype) -> None:
         self.__cuda_array_interface__ = {
             "shape": shape,
-            "typestr": self.TYPES[dtype],
+            "typestr": _ARRAY_TYPES[dtype],
             "data": (address, False),  # not read-only
             "strides": None,
             "version": 3,
@@ -431,7 +431,7 @@ def _constant_of(attributes: Mapping[str, Any]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _naming(file: Path) -> Any:
+def _naming(file: Path) -> Iterator[None]:
     """Errors of a bundle name the file."""
     try:
         yield
@@ -459,8 +459,11 @@ def _operator(*names: str) -> Callable[[Callable[[_Bound], Kernel]], Callable[[_
 
 def _plain(kernels: Mapping[str, Kernel]) -> None:
     """Operators whose inputs are all tensors, and which have no attributes."""
-    for name, kernel in kernels.items():
-        OPERATORS[name] = lambda _, kernel=kernel: kernel
+    OPERATORS.update({name: functools.partial(_itself, kernel) for name, kernel in kernels.items()})
+
+
+def _itself(kernel: Kernel, node: _Bound) -> Kernel:  # noqa: ARG001
+    return kernel
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
@@ -632,7 +635,7 @@ def _unsqueeze(node: _Bound) -> Kernel:
 @_operator("Expand")
 def _expand(node: _Bound) -> Kernel:
     sizes = node.ints(1) or []
-    return lambda x: x.expand(torch.broadcast_shapes(x.shape, sizes))
+    return lambda x: x.expand(torch.broadcast_shapes(x.shape, sizes))  # type: ignore[no-untyped-call]
 
 
 @_operator("Tile")
@@ -748,7 +751,7 @@ def _attention(node: _Bound) -> Kernel:
     scale, wants_logits = node.get("scale", None), any(given.outputs[3:])
 
     def split(x: Tensor) -> Tensor:
-        return x if x.dim() == 4 else x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, h, N, d)
+        return x if x.dim() == 4 else x.view(*x.shape[:-1], heads, -1).transpose(1, 2)  # (B, h, N, d)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
         flat = q.dim() == 3

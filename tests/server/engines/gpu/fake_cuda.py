@@ -473,6 +473,3 @@ class HostPlace:
 
     def run(self, stream: int, work: Callable[[], None]) -> None:
         self._cuda.compute(stream, work)
-
-    def close(self) -> None:
-        """Nothing is held."""
