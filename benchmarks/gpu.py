@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import sys
 import tempfile
@@ -29,20 +30,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, Options, Report, command_line, machine, plain, versions
+from benchmarks.harness import RESULTS, Options, Report, command_line, failure, machine, plain, versions
 from benchmarks.seeded_graphs import fill
 from server.bundle.manifest import MANIFEST
 
 ENGINES = ("torch-cuda", "tensorrt", "onnx-cuda", "fake")
 MINUTES = 4.5  # for which the parts' times are meant; with fewer they shrink alike
-GRACE_S = 15.0  # beyond its time, before a part is ended
+GRACE_S = 20.0  # beyond its time, before a part is ended
 MODELS = ("t2t-vit-14", "t2t-vit-12")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     document = Document(options)
-    until = time.monotonic() + 60 * options.minutes
+    until = math.inf if options.small else time.monotonic() + 60 * options.minutes
     processes = get_context("forkserver")  # every part inherits torch from a process that did nothing but import it
     processes.set_forkserver_preload(["benchmarks.gpu_parts"])
     forkserver.ensure_running()
@@ -142,7 +143,7 @@ class Document:
 
     @property
     def failed(self) -> list[str]:
-        return [name for name, part in self._parts.items() if part["error"]]
+        return [name for name, part in self._parts.items() if part["error"] or part["broken"]]
 
     def run(self, name: str, work: Callable[[Report], None]) -> None:
         """A part in this process."""
@@ -156,7 +157,8 @@ class Document:
             self.end(name)
 
     def begin(self, name: str) -> None:
-        self._parts[name] = {"seconds": None, "error": None, "table": [], "figures": {}, "began": time.monotonic()}
+        self._parts[name] = {"seconds": None, "error": None, "broken": [], "table": [], "figures": {}}
+        self._at = time.monotonic()
         print(f"{name}   [{time.monotonic() - self._began:.0f} s]", flush=True)
 
     def add(self, name: str, what: str, value: str, figures: dict[str, Any]) -> None:
@@ -165,10 +167,12 @@ class Document:
         print(f"  {what:<44}  {value}", flush=True)
         self._write()
 
+    def break_(self, name: str, promises: list[str]) -> None:
+        """What should never be, and was."""
+        self._parts[name]["broken"] = promises
+
     def end(self, name: str, error: str | None = None) -> None:
-        part = self._parts.setdefault(name, {"table": [], "figures": {}})
-        part["seconds"] = round(time.monotonic() - part.pop("began", time.monotonic()), 2)
-        part["error"] = error
+        self._parts[name] |= {"seconds": round(time.monotonic() - self._at, 2), "error": error}
         if error:
             print(f"  {name}: {error}", flush=True)
         self._write()
@@ -185,13 +189,8 @@ class Document:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         beside = self._file.with_suffix(".part")
-        shown = {**self._document, "parts": {name: _without(part, "began") for name, part in self._parts.items()}}
-        beside.write_text(json.dumps(shown, indent=1, default=plain) + "\n")
+        beside.write_text(json.dumps(self._document, indent=1, default=plain) + "\n")
         os.replace(beside, self._file)
-
-
-def _without(part: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if name != key}
 
 
 class LiveReport(Report):
@@ -204,13 +203,6 @@ class LiveReport(Report):
     def add(self, what: str, value: str, **figures: Any) -> None:
         super().add(what, value, **figures)
         self._tell(what, value, figures)
-
-
-def failure(error: BaseException) -> str:
-    """In one line, with the place."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 # --- a process for parts that share engines ---------------------------------------------------------------------------
@@ -230,7 +222,7 @@ def _in_a_process(
         while group:
             part, *rest = group
             left = until - time.monotonic()
-            if left <= 0 and not options.small:
+            if left <= 0:
                 document.begin(part.name)
                 document.end(part.name, "left out: the minutes were over")
                 group = rest
@@ -240,9 +232,10 @@ def _in_a_process(
             document.end(part.name, error)
             group = rest
             if error:
+                process.kill()
                 break
     finally:
-        ours.close()
+        ours.close()  # it ends at that, if it still lives
         process.join(5)
         process.kill()
         process.join()
@@ -262,7 +255,9 @@ def _follow(pipe: Connection, name: str, document: Document, limit_s: float) -> 
         while pipe.poll(max(0.0, until - time.monotonic())):
             kind, *content = pipe.recv()
             if kind == "ended":
-                return content[0]
+                error, broken = content
+                document.break_(name, broken)
+                return error
             document.add(name, *content)
     except (EOFError, OSError):
         return "its process died"
@@ -283,9 +278,9 @@ def _serve(pipe: Connection, options: Options, folder: Path) -> None:
                 getattr(gpu_parts, part.function)(bench, report, *([part.model] if part.model else []))
             except Exception as error:
                 traceback.print_exc(limit=-6)
-                pipe.send(("ended", failure(error)))
+                pipe.send(("ended", failure(error), report.broken))
             else:
-                pipe.send(("ended", None))
+                pipe.send(("ended", None, report.broken))
 
 
 def _asked(pipe: Connection) -> Iterator[str]:

@@ -1,5 +1,5 @@
-"""The GPU engine as a benchmark opens it: its lanes, batch sizes and pool are told, graphs can be forbidden, and the time
-that the host waits for the device is counted."""
+"""The GPU engine as a benchmark opens it: lanes, batch sizes and pool are told, graphs can be forbidden, and the time
+for which the host waits for the device is counted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.harness import ROOT
-from server.bundle.manifest import Bundle, TensorSpec
+from server.bundle.manifest import Bundle
 from server.engines.gpu.device import Device
 from server.engines.gpu.engine import GpuEngine
 from server.engines.gpu.stage import Context, Stage

@@ -1,25 +1,21 @@
 """What the card itself can do: matrix products, copies, launches. Everything else is held against these.
 
-Legend: M, K, N of a matrix product (M, K) x (K, N); B images in a batch.
+Legend: M, K, N of a matrix product (M, K) x (K, N).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 
 from benchmarks.gpu_timing import Card
 from benchmarks.harness import Report
+from model.config import VARIANTS, DVTConfig
 
-# The products of a stage by model: (K, N) of queries, keys and values, both of the MLP (reuse adds 48), the projection.
-PRODUCTS = {
-    "t2t-vit-12": {"qkv": (256, 768), "proj": (256, 256), "fc1": (304, 512), "fc2": (512, 256)},
-    "t2t-vit-14": {"qkv": (384, 1152), "proj": (384, 384), "fc1": (432, 1152), "fc2": (1152, 384)},
-}
 TOKENS = (50, 101, 197)
 PEAKS = ("float16", "bfloat16", "float32", "tf32")
+COPIES = 8  # products of a shape in one graph
 TINY_CALLS = 100  # small kernels in one graph
 
 
@@ -29,43 +25,45 @@ def products(card: Card, report: Report, models: Sequence[str], small: bool, sec
     squares = {}
     for kind in PEAKS:
         n = side if "16" in kind else side // 2
-        squares[kind] = (2.0 * n**3, _product(card, [(n, n, n)], kind, copies=2))
-    _tell(card, report, "peak", squares, seconds)
+        squares[kind] = (2.0 * n**3, Products(card, (n, n, n), kind, copies=1))
+    spent = card.compare({kind: work for kind, (_, work) in squares.items()}, seconds / 2, rounds=3)
+    for kind, (operations, _) in squares.items():
+        rate = operations / spent[kind].median / 1e9
+        report.add(f"peak {kind}", f"{rate:.4g} TFLOP/s, {spent[kind]}", **{f"tflops peak {kind}": rate})
     batch = 1 if small else 128
-    shapes = {
-        f"{model} {name}, {tokens} tokens": (batch * tokens, *PRODUCTS[model][name])
-        for model in models
-        if model in PRODUCTS
-        for tokens in (TOKENS[:1] if small else TOKENS)
-        for name in PRODUCTS[model]
-    }
-    works = {name: (2.0 * m * k * n, _product(card, [(m, k, n)], "float16", copies=4)) for name, (m, k, n) in shapes.items()}
-    _tell(card, report, f"float16, batch {batch}:", works, seconds, times=False)
+    rows = [(model, tokens) for model in models if model in VARIANTS for tokens in (TOKENS[:1] if small else TOKENS)]
+    for model, tokens in rows:
+        shapes = {name: (batch * tokens, *sides) for name, sides in _products_of(VARIANTS[model]).items()}
+        # As a graph: products of this size are over sooner than Python launches the next.
+        works = {name: card.graph(Products(card, shape, "float16", COPIES)) for name, shape in shapes.items()}
+        spent = card.compare(works, seconds / 2 / len(rows), rounds=3)
+        rates = {name: COPIES * 2.0 * m * k * n / spent[name].median / 1e9 for name, (m, k, n) in shapes.items()}
+        what = f"{model}, batch {batch}, {tokens} tokens"
+        report.add(what, ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()) + " TFLOP/s", **{what: rates})
 
 
-def _product(card: Card, shapes: list[tuple[int, int, int]], kind: str, copies: int) -> Callable[[], None]:
-    """Products of random matrices, from one set of operands to the next, so that no cache holds them all."""
-    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
-    sets = [(card.normal(m, k, dtype=dtype), card.normal(k, n, dtype=dtype)) for m, k, n in shapes * copies]
-    results = [torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=card.device) for a, b in sets]
-    turn = itertools.cycle(zip(sets, results, strict=True))
-
-    def work() -> None:
-        (a, b), out = next(turn)
-        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
-        torch.mm(a, b, out=out)
-
-    return work
+def _products_of(config: DVTConfig) -> dict[str, tuple[int, int]]:
+    """(K, N) of the products of a block whose stage reuses features."""
+    D, hidden = config.embed_dim, config.mlp_hidden
+    return {"qkv": (D, 3 * D), "proj": (D, D), "fc1": (D + config.reuse_dim, hidden), "fc2": (hidden, D)}
 
 
-def _tell(
-    card: Card, report: Report, what: str, works: dict[str, tuple[float, Callable[[], None]]], seconds: float, times: bool = True
-) -> None:
-    spent = card.compare({name: work for name, (_, work) in works.items()}, seconds, rounds=3)
-    for name, (operations, _) in works.items():
-        rate = operations / spent[name].median / 1e9
-        shown = f"{rate:.4g} TFLOP/s" + (f", {spent[name]}" if times else "")
-        report.add(f"{what} {name}", shown, **{f"tflops {what} {name}": rate})
+class Products:
+    """So many products of random matrices, each of other ones, so that no cache holds them all."""
+
+    def __init__(self, card: Card, shape: tuple[int, int, int], kind: str, copies: int) -> None:
+        m, k, n = shape
+        dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+        self._precision = "tf32" if kind == "tf32" else "ieee"
+        self._sets = [
+            (card.normal(m, k, dtype=dtype), card.normal(k, n, dtype=dtype), card.normal(m, n, dtype=dtype))
+            for _ in range(copies)
+        ]
+
+    def __call__(self) -> None:
+        torch.backends.cuda.matmul.fp32_precision = self._precision
+        for a, b, out in self._sets:
+            torch.mm(a, b, out=out)
 
 
 def copies(card: Card, report: Report, small: bool, seconds: float) -> None:
@@ -109,7 +107,11 @@ def launches(card: Card, report: Report, seconds: float) -> None:
             tiny()
 
     graph_of_one, graph_of_many = card.graph(tiny), card.graph(many)
-    rows = card.compare({"a launch": tiny, "a graph of one": graph_of_one, f"a graph of {TINY_CALLS}": graph_of_many}, seconds / 2)
-    waits = card.compare({"a launch, waited for": tiny, "a graph of one, waited for": graph_of_one}, seconds / 2, wall=True)
+    rows = card.compare(
+        {"a launch": tiny, "a graph of one": graph_of_one, f"a graph of {TINY_CALLS}": graph_of_many}, seconds / 2
+    )
+    waits = card.compare(
+        {"a launch, waited for": tiny, "a graph of one, waited for": graph_of_one}, seconds / 2, wall=True
+    )
     for name, spread in {**rows, **waits}.items():
         report.add(name, str(spread), **{f"us {name}": 1e3 * spread.median})

@@ -38,6 +38,11 @@ class LoopRun:
         return self.images / self.seconds
 
     @property
+    def host_us(self) -> float:
+        """CPU time of all threads, an image."""
+        return 1e6 * self.cpu_s / max(1, self.images)
+
+    @property
     def fill(self) -> list[float]:
         """Mean images in a batch, by stage; 0 where none ran."""
         return [rows / max(1, batches) for rows, batches in zip(self.rows, self.batches, strict=True)]

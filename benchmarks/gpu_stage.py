@@ -73,10 +73,9 @@ class LoneStage:
         self._device.destroy_stream(self._stream)
 
 
-def milliseconds(
-    device: Device, stream: int, work: Callable[[], object], seconds: float, rounds: int = 3
-) -> float:
-    """Of work that is put on the stream: many in a row by the clock, waited for at the end; the median of the rounds."""
+def milliseconds(device: Device, stream: int, work: Callable[[], object], seconds: float, rounds: int = 3) -> float:
+    """Of work that is put on the stream, many in a row, by the clock, waited for at the end: the median of the
+    rounds."""
 
     def sample(calls: int) -> float:
         began = time.perf_counter()

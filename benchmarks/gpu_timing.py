@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,8 +44,20 @@ class Card:
             torch.set_num_threads(1)
 
     @property
-    def name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
+    def facts(self) -> str:
+        """Its name, memory, and what drives it; clocks and power as they are now."""
+        if not self.cuda:
+            return f"cpu, torch {torch.__version__}"
+        card = torch.cuda.get_device_properties(self.device)
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu",
+        ]
+        told = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True, check=False).stdout
+        return (
+            f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} multiprocessors, "
+            f"torch {torch.__version__}, {' '.join(told.split())}"
+        )
 
     def synchronize(self) -> None:
         if self.cuda:
@@ -94,7 +107,9 @@ class Card:
             self.synchronize()
         return 1e3 * (time.perf_counter() - began) / calls
 
-    def compare(self, works: Mapping[str, Work], seconds: float, rounds: int = 5, wall: bool = False) -> dict[str, Spread]:
+    def compare(
+        self, works: Mapping[str, Work], seconds: float, rounds: int = 5, wall: bool = False
+    ) -> dict[str, Spread]:
         """Each of the works in turn, round by round, warmed up, in about so many seconds altogether."""
         take = self.wall_ms if wall else self.sample_ms
         calls, most_ms = {}, 1e3 * seconds / rounds / len(works)

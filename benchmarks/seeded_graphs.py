@@ -126,7 +126,7 @@ def _with_manifest(out: Path, document: dict[str, Any]) -> Bundle:
 
 
 def export_alone(variant: str, precision: str, out: Path) -> Bundle:
-    """The backbone of a variant: its finest grid, no reuse. Its bundle has the one graph twice. `out` must not exist."""
+    """The backbone of a variant: its finest grid, no reuse; a bundle of the one graph twice. `out` must not exist."""
     # Heavy, and an extra of the distribution.
     import torch
 
@@ -173,7 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     exporting = commands.add_parser("export", help="write a bundle with seeded weights")
     exporting.add_argument("variant", help="a row of model.config.VARIANTS")
-    exporting.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default %(default)s)")
+    exporting.add_argument(
+        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default %(default)s)"
+    )
     exporting.add_argument("--alone", action="store_true", help="the backbone instead of the cascade")
     for name, what in (("strip", "replace weights by recipes"), ("fill", "replace recipes by weights")):
         commands.add_parser(name, help=what).add_argument("source", type=Path, metavar="FOLDER")
@@ -189,7 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         bundle = (export_alone if options.alone else export)(options.variant, options.precision, options.out)
     manifest = bundle.manifest
-    print(f"{options.out}: {manifest.name} {manifest.precision}, {', '.join(f'{g:.4f}' for g in manifest.stage_gmacs)} GMAC")
+    costs = ", ".join(f"{cost:.4f}" for cost in manifest.stage_gmacs)
+    print(f"{options.out}: {manifest.name} {manifest.precision}, {costs} GMAC")
     return 0
 
 
