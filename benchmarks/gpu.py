@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         document.run("bundles", lambda report: prepare(options.bundles, Path(folder), report))
-        parts = [part for part in plan(options.models) if part.name.startswith(options.only)]
+        parts = [part for part in plan(options.models) if part.name.startswith(tuple(options.only))]
         while parts:
             parts = _in_a_process(processes, options, Path(folder), parts, document, until)
     document.finish()
@@ -116,7 +116,7 @@ def _parse(arguments: list[str] | None) -> Options:
     parser.add_argument("--bundles", type=Path, required=True, help="folder of the bundles, see above")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="(default %(default)s)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default %(default)s)")
-    parser.add_argument("--only", default="", help="parts whose names begin so (default all)")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts whose names begin so (default all)")
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that every part runs")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="write gpu.json there, as it goes")
     options = parser.parse_args(arguments)

@@ -127,7 +127,14 @@ def _load(kind: str, bundle: Bundle, sizes: Sequence[Sequence[int]]) -> tuple[De
         fake = _fake_cuda()
         cuda = fake.FakeCuda(memory=2**30)
         return cuda, torch_stage.load(bundle, fake.HostPlace(cuda), sizes), "torch on a fake device"
-    raise SystemExit(f"no engine {kind} in this checkout")
+    if kind == "onnx-cuda":
+        import onnxruntime
+
+        from server.engines.gpu import onnx_stage
+        from server.engines.gpu.cuda import CudaDevice
+
+        return CudaDevice(), onnx_stage.load(bundle, sizes), f"onnxruntime {onnxruntime.__version__}"
+    raise RuntimeError(f"no engine {kind} in this version")
 
 
 def _fake_cuda() -> ModuleType:

@@ -80,7 +80,8 @@ class Bench:
 
     def smallest(self) -> str:
         """A bundle of which batches take little time."""
-        return next(name for name in ("photo10-fp16", "photo10-fp32") if self.has(name))
+        toy = [f"{self.options.models[0]}-fp16"] if self.small else []
+        return next(name for name in (*toy, "photo10-fp16", "photo10-fp32") if self.has(name))
 
     def bundle(self, name: str) -> Bundle:
         """Of the folder; `photo10-fp32` is the embedded one."""
@@ -90,7 +91,7 @@ class Bench:
     def open(self, name: str, **how: Any) -> Opened:
         """Opened once, and shared by the parts of a process."""
         if self.small:
-            how |= {"sizes": (1, 2, 4), "max_slots": min(64, how.get("max_slots", 64))}
+            how |= {"sizes": (1, 2, 4), "lanes": 2, "max_slots": min(64, how.get("max_slots", 64))}
         key = (name, *sorted(how.items()))
         if key not in self._opened:
             self._opened[key] = open_engine(self.options.engine, self.bundle(name), **how)
@@ -409,8 +410,7 @@ def answers(bench: Bench, report: Report) -> None:
     """The device, in fp32 and fp16, against ONNX Runtime on the CPU in fp32; exits by thresholds of the first mix."""
     for model in (name for name in ("micro", "photo10") if bench.has(f"{name}-fp32")):
         bundle = bench.bundle(f"{model}-fp32")
-        files = photos(8 if bench.small else 64)
-        pixels = decoded(bundle, files)
+        pixels = decoded(bundle, photos(4 if bench.small else 64))
         reference = OnnxEngine(bundle)
         try:
             want = every_answer(reference, pixels)
@@ -442,7 +442,7 @@ def shuffled(bench: Bench, report: Report) -> None:
     precision = "fp16" if bench.has("photo10-fp16") else "fp32"
     opened = bench.open(f"photo10-{precision}", sizes=PHOTOS)
     engine, rng = opened.engine, np.random.default_rng(1)
-    pixels = decoded(opened.bundle, photos(8 if bench.small else 64))
+    pixels = decoded(opened.bundle, photos(4 if bench.small else 64))
     want = every_answer(engine, pixels)
     got = np.full_like(want.probabilities, np.nan)  # (E, N, K)
     rounds, batches = (1 if bench.small else 20), 0
@@ -635,7 +635,7 @@ def server(bench: Bench, report: Report) -> None:
     """`dvt serve` with the embedded model, forms of JPEGs over loopback from many connections. Decoding takes cores,
     and the event loop is one thread: whose time it is, is told."""
     path = bench.folder / "photo10-fp16"
-    files = photos(8 if bench.small else 64)
+    files = photos(4 if bench.small else 64)
     together = 4 if bench.small else 16
     forms = [classify_many(files[first : first + together]) for first in range(0, len(files), together)]
     seconds = bench.seconds / 4
