@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import subprocess
 import time
@@ -53,7 +54,11 @@ class Card:
             "nvidia-smi",
             "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu",
         ]
-        told = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True, check=False).stdout
+        told = (
+            ""
+            if shutil.which(query[0]) is None
+            else subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True, check=False).stdout
+        )
         return (
             f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} multiprocessors, "
             f"torch {torch.__version__}, {' '.join(told.split())}"
@@ -68,7 +73,8 @@ class Card:
 
     def host(self, count: int) -> torch.Tensor:
         """Random bytes in host memory that the device can read by itself."""
-        return torch.randint(0, 256, (count,), dtype=torch.uint8).pin_memory() if self.cuda else _bytes(count)
+        host = torch.randint(0, 256, (min(count, 2**20),), dtype=torch.uint8).repeat(-(-count // 2**20))[:count]
+        return host.pin_memory() if self.cuda else host
 
     def bytes(self, count: int) -> torch.Tensor:
         return torch.randint(0, 256, (count,), dtype=torch.uint8, device=self.device)
@@ -122,7 +128,3 @@ class Card:
             for name, work in works.items():
                 samples[name].append(take(work, calls[name]))
         return {name: Spread(statistics.median(taken), min(taken), max(taken)) for name, taken in samples.items()}
-
-
-def _bytes(count: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count,), dtype=torch.uint8)
