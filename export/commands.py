@@ -102,6 +102,14 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="Also write a page with plots into this folder; for a calibrated bundle.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            envvar="DVT_ENGINE",
+            metavar="auto|onnx|tensorrt|torch-cuda|onnx-cuda",
+            help="What runs the stages of a bundle.",
+        ),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Accuracy and MACs of every exit; or every exit's logits for given inputs.
@@ -125,10 +133,12 @@ def evaluate(
         if inputs is not None and logits is not None:
             _write_logits(target, inputs, logits)
         if images is not None:
-            result = _evaluate_bundle(target, images) if target.is_dir() else _evaluate_checkpoint(target, images)
+            result = (
+                _evaluate_bundle(target, images, engine) if target.is_dir() else _evaluate_checkpoint(target, images)
+            )
             click.echo(json.dumps(result) if as_json else _table(result))
             if report is not None:
-                click.echo(f"report: {_report(target, images, report)}", err=True)
+                click.echo(f"report: {_report(target, images, report, engine)}", err=True)
     except click.ClickException:
         raise
     except Exception as error:
@@ -139,9 +149,9 @@ def evaluate(
 
 def _users_fault(error: Exception) -> bool:
     from server.calibration.calibrate import CalibrationError
-    from server.errors import BundleError
+    from server.errors import BundleError, EngineUnavailable
 
-    return isinstance(error, (ValueError, OSError, BundleError, CalibrationError))
+    return isinstance(error, (ValueError, OSError, BundleError, EngineUnavailable, CalibrationError))
 
 
 def _write_logits(target: Path, inputs: Path, out: Path) -> None:
@@ -194,20 +204,19 @@ def _evaluate_checkpoint(path: Path, images: Path) -> dict[str, Any]:
     }
 
 
-def _evaluate_bundle(path: Path, images: Path) -> dict[str, Any]:
+def _evaluate_bundle(path: Path, images: Path, engine: str) -> dict[str, Any]:
     from server.bundle.manifest import FRONTIER, Bundle
     from server.calibration.calibrate import read_image_folder, record
     from server.calibration.evaluate import evaluate
     from server.engines import load_engine
-    from server.settings import usable_cores
 
     bundle = Bundle.load(path, need_frontier=(path / FRONTIER).exists())
     examples = read_image_folder(images, bundle.manifest.labels)
-    engine = load_engine(bundle)
+    loaded = load_engine(bundle, engine=engine)
     try:
-        records = record(bundle, engine, examples, threads=usable_cores(), progress=sys.stderr.isatty())
+        records = record(bundle, loaded, examples, threads=loaded.executors, progress=sys.stderr.isatty())
     finally:
-        engine.close()
+        loaded.close()
     if bundle.solved is None:
         return {
             "images": len(examples),
@@ -217,7 +226,7 @@ def _evaluate_bundle(path: Path, images: Path) -> dict[str, Any]:
     return asdict(evaluate(bundle.solved, records))
 
 
-def _report(path: Path, images: Path, out: Path) -> Path:
+def _report(path: Path, images: Path, out: Path, engine: str) -> Path:
     from export.report import write_report
     from server.bundle.manifest import Bundle
     from server.calibration.calibrate import read_image_folder
@@ -225,11 +234,11 @@ def _report(path: Path, images: Path, out: Path) -> Path:
 
     bundle = Bundle.load(path)
     examples = read_image_folder(images, bundle.manifest.labels)
-    engine = load_engine(bundle)
+    loaded = load_engine(bundle, engine=engine)
     try:
-        return write_report(bundle, engine, examples, out, progress=sys.stderr.isatty())
+        return write_report(bundle, loaded, examples, out, progress=sys.stderr.isatty())
     finally:
-        engine.close()
+        loaded.close()
 
 
 def _table(report: dict[str, Any]) -> str:

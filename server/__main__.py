@@ -19,7 +19,7 @@ try:
     import typer
 
     from server import commands, process
-    from server.errors import BundleError
+    from server.errors import BundleError, EngineUnavailable
     from server.terminal import printable
 except KeyboardInterrupt:  # all this takes half a second, in which one may have thought better of it
     print("Interrupted", file=sys.stderr)
@@ -98,7 +98,7 @@ def main() -> None:
         build()(prog_name="dvt")
     except click.ClickException as error:  # typer brings a click of its own, and passes on what is not its own
         _fail(error.format_message(), error.exit_code)
-    except BundleError as error:
+    except (BundleError, EngineUnavailable) as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as error:  # a command that imports its libraries only when it runs
         if error.name is None or error.name.partition(".")[0] in ("server", "model", "export"):

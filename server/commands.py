@@ -30,6 +30,15 @@ Url = Annotated[
     str, typer.Option("--url", envvar="DVT_URL", metavar="URL", help="The server to ask.", show_default=True)
 ]
 NEVER = 2.0  # the threshold that nobody reaches, as the server writes it
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        envvar="DVT_ENGINE",
+        metavar="auto|onnx|tensorrt|torch-cuda|onnx-cuda",
+        help="What runs the stages.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document a line, for scripts.")]
 
 
@@ -49,6 +58,10 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.  [default: 8000]")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="auto|onnx|tensorrt|torch-cuda|onnx-cuda", help="What runs the stages.  [default: auto]"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, warm up, and exit: is all in order?")] = False,
 ) -> None:
     """Serve a bundle over HTTP.
@@ -60,9 +73,10 @@ def serve(
       dvt serve
       dvt serve my-bundle --port 9000
       DVT_CONTROL_TOKEN_FILE=token dvt serve my-bundle --host 0.0.0.0
+      dvt serve my-bundle --engine torch-cuda
       dvt serve my-bundle --dry-run
     """
-    given = {"bundle": bundle, "host": host, "port": port}
+    given = {"bundle": bundle, "host": host, "port": port, "engine": engine}
     try:
         settings = read_settings({name: value for name, value in given.items() if value is not None})
         start(settings, dry_run)
@@ -81,18 +95,25 @@ def start(settings: Settings, dry_run: bool) -> None:
     from server.app import create_app
     from server.bundle.manifest import EMBEDDED, Bundle
     from server.engines import load_engine
-    from server.errors import BundleError
+    from server.errors import BundleError, EngineUnavailable
     from server.frontend import listener
 
     # The address first: that it is taken should be said at once, not after the engine was loaded.
     with contextlib.nullcontext() if dry_run else listener.bind(settings) as socket:
         try:
             loaded = Bundle.load(settings.bundle or EMBEDDED)
-            engine = load_engine(loaded, max_batch_sizes=settings.max_batch_sizes)
-        except BundleError as error:
+            engine = load_engine(
+                loaded,
+                engine=settings.engine,
+                max_batch_sizes=settings.max_batch_sizes,
+                executors=settings.executors,
+                max_slots=settings.max_slots,
+            )
+        except (BundleError, EngineUnavailable) as error:
             raise _Refused(str(error)) from None
         except ModuleNotFoundError as error:
             raise click.ClickException(f"no engine: {error}; install one: pip install 'dvt-serve[cpu]'") from None
+        log.info("the engine is %s: %s on %s", engine.name, engine.runtime, engine.device)
         # A dry run leaves the stored budget to the server that may be running.
         app = create_app(settings.model_copy(update={"state_dir": None}) if dry_run else settings, loaded, engine)
         manifest = loaded.manifest
@@ -143,6 +164,7 @@ def calibrate(
         typer.Option(help="Certify which operating points lose at most this much accuracy, 0.01: a point."),
     ] = None,
     confidence: Annotated[float, typer.Option(help="How sure the certificate is to be.")] = 0.95,
+    engine: EngineName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")] = False,
 ) -> None:
     """Solve the thresholds of BUNDLE on labelled images, through its exported engine.
@@ -158,7 +180,7 @@ def calibrate(
     """
     # Heavy, as above.
     from server.calibration import calibrate as calibration
-    from server.errors import BundleError, ServeError
+    from server.errors import BundleError, EngineUnavailable, ServeError
 
     promise = None
     if max_accuracy_loss is not None:
@@ -166,8 +188,8 @@ def calibrate(
             raise click.UsageError("--max-accuracy-loss and --confidence lie between 0 and 1, both excluded")
         promise = calibration.Promise(max_accuracy_loss, confidence)
     try:
-        frontier = calibration.calibrate_folder(bundle, images, held_out, limit, promise)
-    except (BundleError, calibration.CalibrationError, ServeError) as error:
+        frontier = calibration.calibrate_folder(bundle, images, held_out, limit, promise, engine)
+    except (BundleError, EngineUnavailable, calibration.CalibrationError, ServeError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(calibration.as_json(frontier) if as_json else calibration.as_table(frontier))
 
@@ -176,9 +198,12 @@ def profile(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle; its profile.json is replaced.")],
     executors: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Batches to run at once, as DVT_EXECUTORS.  [default: the usable cores]"),
+        typer.Option(
+            min=1, max=256, help="Batches to run at once, as DVT_EXECUTORS.  [default: the usable cores, 2 on a GPU]"
+        ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1.0, max=3600.0, help="Time to measure for.")] = 20.0,
+    engine: EngineName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")] = False,
 ) -> None:
     """Measure what batches of BUNDLE take on this machine, by stage and size.
@@ -194,11 +219,11 @@ def profile(
     """
     # Heavy, as above.
     from server.calibration import profiling
-    from server.errors import BundleError, ServeError
+    from server.errors import BundleError, EngineUnavailable, ServeError
 
     try:
-        measured = profiling.profile_bundle(bundle, executors=executors, seconds=seconds)
-    except (BundleError, ServeError) as error:
+        measured = profiling.profile_bundle(bundle, executors=executors, seconds=seconds, engine=engine)
+    except (BundleError, EngineUnavailable, ServeError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(measured.to_json().rstrip() if as_json else profiling.as_table(measured))
 

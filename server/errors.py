@@ -15,7 +15,7 @@ ServeError
 ├── UnsupportedMediaType 415
 └── ExpectationFailed 417
 
-`BundleError` stands apart: it stops the start and never reaches a client.
+`BundleError` and `EngineUnavailable` stand apart: they stop the start and never reach a client.
 """
 
 from __future__ import annotations
@@ -150,3 +150,7 @@ class HttpVersionNotSupported(ServeError):
 
 class BundleError(Exception):
     """A bundle that does not fit its manifest. The message names the file and what is wrong with it."""
+
+
+class EngineUnavailable(Exception):
+    """An engine that cannot run on this machine. The message says what is missing and what to do, in one line."""

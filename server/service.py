@@ -93,9 +93,10 @@ class Service:
         self.metrics = Metrics(
             model=manifest.name, version=manifest.version, release=release(), stage_gmacs=manifest.stage_gmacs
         )
-        self.batch_sizes = _batch_sizes(settings, bundle, engine)
+        self.executors = settings.executors or engine.executors
+        self.batch_sizes = _batch_sizes(settings, bundle, engine, self.executors)
         self.machine = Machine(
-            bundle.frontier.rows, self.batch_sizes, settings.executors, places=settings.max_queued_images
+            bundle.frontier.rows, self.batch_sizes, self.executors, places=settings.max_queued_images
         )
         self.budget = BudgetController(bundle.frontier, _store(settings, bundle), machine=self.machine)
         self.previewer = Previewer(bundle.frontier)
@@ -103,10 +104,11 @@ class Service:
             self.budget.point,
             max_batch_sizes=self.batch_sizes,
             max_queued_images=settings.max_queued_images,
-            max_slots=settings.max_slots,
-            executors=settings.executors,
+            # What survives always finds a place: no more is let in than the engine can hold.
+            max_slots=min(settings.max_slots, engine.max_slots or settings.max_slots),
+            executors=self.executors,
         )
-        self.batcher = Batcher(engine, self.scheduler, self, settings.executors, clock)
+        self.batcher = Batcher(engine, self.scheduler, self, self.executors, clock)
         self._ticker: asyncio.TimerHandle | None = None  # while there is traffic
         self._told_stalled = False
         self.audit = Auditor(
@@ -166,7 +168,7 @@ class Service:
         )
         # What does not change is written once.
         self.frontier_document = orjson.dumps(_describe_frontier(bundle, bundle.frontier.rows))
-        self.model_document = orjson.dumps(_describe_model(settings, bundle, engine, self.batch_sizes))
+        self.model_document = orjson.dumps(_describe_model(bundle, engine, self.executors, self.batch_sizes))
 
     # -- what the routes ask
 
@@ -193,10 +195,7 @@ class Service:
             raise Draining(f"The server is {self.phase.value}", retry_after_s=1)
         # Nothing would come of the wait for a deadline; another replica may answer at once.
         stalled = [one.threads for one in self._stalled()]
-        if (
-            stalled.count("executor") >= self.settings.executors
-            or stalled.count("decode") >= self.settings.decode_threads
-        ):
+        if stalled.count("executor") >= self.executors or stalled.count("decode") >= self.settings.decode_threads:
             raise Overloaded("The threads that would answer have stalled", retry_after_s=1)
 
     def check_queue(self, priority: Priority) -> None:
@@ -302,7 +301,7 @@ class Service:
             profile_at_start,
             self.bundle,
             self.engine,
-            executors=self.settings.executors,
+            executors=self.executors,
             seconds=self.settings.profile_seconds,
         )
         if profile is not None:
@@ -366,11 +365,11 @@ def _control_token(file: Path | None) -> ControlToken:
         raise SettingsError(f"bad setting DVT_CONTROL_TOKEN_FILE={str(file)!r}: {error}") from None
 
 
-def _batch_sizes(settings: Settings, bundle: Bundle, engine: Engine) -> tuple[int, ...]:
+def _batch_sizes(settings: Settings, bundle: Bundle, engine: Engine, executors: int) -> tuple[int, ...]:
     """As set; else as the bundle's profile says that they pay here, where it has one (a short profile of the start is
     too noisy for that); else as the engine says."""
     if settings.max_batch_sizes is None:
-        kept = kept_profile(bundle, engine, settings.executors)
+        kept = kept_profile(bundle, engine, executors)
         return engine.max_batch_sizes if kept is None else kept.sizes_that_pay()
     sizes = settings.max_batch_sizes
     if len(sizes) != engine.num_stages:
@@ -392,7 +391,7 @@ def _describe_frontier(bundle: Bundle, rows: Sequence[FrontierRow]) -> dict[str,
     }
 
 
-def _describe_model(settings: Settings, bundle: Bundle, engine: Engine, batch_sizes: Sequence[int]) -> dict[str, Any]:
+def _describe_model(bundle: Bundle, engine: Engine, executors: int, batch_sizes: Sequence[int]) -> dict[str, Any]:
     manifest = bundle.manifest
     return {
         "name": manifest.name,
@@ -405,8 +404,10 @@ def _describe_model(settings: Settings, bundle: Bundle, engine: Engine, batch_si
         "precision": manifest.precision,
         "criterion": manifest.criterion,
         "engine": {
-            "name": type(engine).__module__.rpartition(".")[2],
-            "executors": settings.executors,
+            "name": engine.name,
+            "runtime": engine.runtime,
+            "device": engine.device,
+            "executors": executors,
             "max_batch_sizes": batch_sizes,
         },
         "preprocessing": manifest.preprocessing.model_dump(mode="json"),

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "DVT_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+ENGINES = ("auto", "onnx", "tensorrt", "torch-cuda", "onnx-cuda")
 
 
 class SettingsError(Exception):
@@ -103,11 +104,16 @@ class Settings(BaseSettings):
 
     # What it serves
     bundle: Path | None = Field(None, description="Folder of the bundle to serve; by default the embedded one.")
-    executors: int = Field(
-        default_factory=usable_cores,
+    engine: str = Field(
+        "auto",
+        description="What runs the stages: `onnx` (on the CPU), `tensorrt`, `torch-cuda`, `onnx-cuda`, or `auto`: the "
+        "best that is there.",
+    )
+    executors: int | None = Field(
+        None,
         ge=1,
         le=256,
-        description="Threads that run the engine; by default one per usable core.",
+        description="Batches that run at once, a thread each; by default one per usable core, and 2 on a GPU.",
     )
     max_batch_sizes: Annotated[tuple[int, ...] | None, NoDecode] = Field(
         None, description="Largest batch per stage, e.g. `16,8,4`; by default what pays by `dvt profile` or the engine."
@@ -216,6 +222,13 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        if value not in ENGINES:
+            raise ValueError(f"must be one of {', '.join(ENGINES)}")
+        return value
 
     @field_validator("log_level")
     @classmethod

@@ -31,7 +31,6 @@ from server.documents import cause, read_file
 from server.engines import load_engine
 from server.errors import EngineFailed, ServeError
 from server.frontend.images import ImageLimits, decode
-from server.settings import usable_cores
 
 Example = tuple[Path, int]  # image file, class id
 
@@ -166,17 +165,18 @@ def record(
 
 
 def calibrate_folder(
-    path: Path, images: Path, fraction: float, limit: int | None, promise: Promise | None = None
+    path: Path, images: Path, fraction: float, limit: int | None, promise: Promise | None = None, engine: str = "auto"
 ) -> Frontier:
     """`dvt calibrate`: the bundle at `path` on the image folder `images`. Raises BundleError and CalibrationError."""
     bundle = Bundle.load(path, need_frontier=False)
     examples = read_image_folder(images, bundle.manifest.labels, fraction=fraction, limit=limit)
-    threads = usable_cores()
-    engine = load_engine(bundle)
+    loaded = load_engine(bundle, engine=engine)
     try:
-        return calibrate(bundle, engine, examples, promise=promise, threads=threads, progress=sys.stderr.isatty())
+        return calibrate(
+            bundle, loaded, examples, promise=promise, threads=loaded.executors, progress=sys.stderr.isatty()
+        )
     finally:
-        engine.close()
+        loaded.close()
 
 
 def _entries(folder: Path) -> list[Path]:

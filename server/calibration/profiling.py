@@ -26,7 +26,6 @@ from server.bundle.profile import Identity, LatencyProfile, StageCost
 from server.calibration.every_stage import every_stage
 from server.core import Engine, Pixels
 from server.engines import load_engine
-from server.settings import usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,8 @@ def measure(
     be warm and idle. No state stays in it. Raises EngineFailed, and whatever the engine raises.
     """
     # A stage gets its images from the one before: none is measured with more than that one is.
-    largest = tuple(accumulate((beyond * size for size in engine.max_batch_sizes), min))
+    most = sizes[-1] if engine.max_slots is None else max(1, engine.max_slots // concurrency)
+    largest = tuple(accumulate((min(most, beyond * size) for size in engine.max_batch_sizes), min))
     rng = np.random.default_rng(0)
     pixels: list[Pixels] = list(rng.integers(0, 256, (min(largest[0], sizes[-1]), *engine.input_size, 3), np.uint8))
     until = clock() + seconds
@@ -143,18 +143,18 @@ def kept_profile(bundle: Bundle, engine: Engine, executors: int) -> LatencyProfi
     return bundle.profile if fits else None
 
 
-def profile_bundle(path: Path, *, executors: int | None, seconds: float) -> LatencyProfile:
+def profile_bundle(path: Path, *, executors: int | None, seconds: float, engine: str = "auto") -> LatencyProfile:
     """`dvt profile`: measure the bundle at `path` and write its profile.json. Raises BundleError and EngineFailed."""
     bundle = Bundle.load(path, need_frontier=False)
-    concurrency = executors or usable_cores()
-    engine = load_engine(bundle)
+    loaded = load_engine(bundle, engine=engine, executors=executors)
+    concurrency = executors or loaded.executors
     try:
-        engine.warm_up()
+        loaded.warm_up()
         # Beyond what pays, to see that it does not. A server does not: the memory for it would stay with the engine.
-        stages = measure(engine, seconds=seconds, concurrency=concurrency, beyond=2, progress=sys.stderr.isatty())
-        profile = LatencyProfile(stages, identify(bundle, engine, concurrency))
+        stages = measure(loaded, seconds=seconds, concurrency=concurrency, beyond=2, progress=sys.stderr.isatty())
+        profile = LatencyProfile(stages, identify(bundle, loaded, concurrency))
     finally:
-        engine.close()
+        loaded.close()
     bundle.write_profile(profile)
     return profile
 

@@ -9,7 +9,8 @@ freed, futures resolved, the observer told.
   batch. Nothing waits for more images on purpose.
 - One timer stands for all deadlines.
 - The loop-side code is watched: should it fail (a bug), every waiter is answered, `healthy` turns False and `died`
-  resolves, so that the application can end the process. An engine that raises fails that batch only.
+  resolves, so that the application can end the process. An engine that raises fails that batch only; one that says
+  that it is lost ends the loop in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from contextlib import suppress
 from typing import Concatenate, ParamSpec
 
 from server.cascade.scheduler import BACKGROUND, NORMAL, Batch, Load, Outcome, Priority, Request, Scheduler
-from server.core import Answer, Engine, Observer, OperatingPoint, Pixels, StageOutput
+from server.core import Answer, Engine, EngineLost, Observer, OperatingPoint, Pixels, StageOutput
 from server.errors import Draining, EngineFailed
 
 log = logging.getLogger(__name__)
@@ -221,6 +222,9 @@ class Batcher:
         if isinstance(result, BaseException):
             log.error("the engine failed on a batch of stage %d", batch.run.stage, exc_info=result)
             self._carry_out(self._scheduler.fail(batch, ended))
+            if isinstance(result, EngineLost):
+                self._die(result)
+                return
         else:
             outcome = self._scheduler.update(batch, result, ended)
             self._carry_out(outcome)

@@ -5,18 +5,56 @@ What waits, and why a stage runs, is not known here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from server.bundle.manifest import Bundle
 from server.core import Engine
+from server.errors import EngineUnavailable
+
+log = logging.getLogger(__name__)
+
+MAX_SLOTS = 256  # where nobody says
 
 
-def load_engine(bundle: Bundle, *, max_batch_sizes: Sequence[int] | None = None) -> Engine:
-    """The engine for a bundle on this machine; `max_batch_sizes` overrides what the engine says pays, per stage.
+def load_engine(
+    bundle: Bundle,
+    *,
+    engine: str = "auto",
+    max_batch_sizes: Sequence[int] | None = None,
+    executors: int | None = None,
+    max_slots: int = MAX_SLOTS,
+) -> Engine:
+    """The engine of this name for a bundle on this machine; "auto" takes the best that is really there.
 
-    Raises BundleError for a bundle that the engine cannot run, ImportError where its runtime is not installed.
+    `max_batch_sizes` overrides what the engine says pays, per stage, `executors` how many batches it says pay at once.
+    `max_slots`: states that it should be able to hold beside those of batches that run.
+
+    Raises EngineUnavailable for an engine that cannot run here, BundleError for a bundle that the engine cannot run,
+    ModuleNotFoundError where not even ONNX Runtime is installed.
     """
-    # The runtime is heavy, and an extra of the distribution: imported here, where it is chosen.
+    # Runtimes are heavy, and extras of the distribution: imported here, where they are chosen.
+    from server.engines.gpu import load as gpu
+    from server.engines.gpu.probe import visible_gpus
+
+    def on_gpu(name: str) -> Engine:
+        return gpu.load(name, bundle, max_batch_sizes=max_batch_sizes, executors=executors, max_slots=max_slots)
+
+    if engine == "auto" and visible_gpus():
+        for name in gpu.NAMES:
+            try:
+                return on_gpu(name)
+            except EngineUnavailable as error:
+                log.info("%s", error)
+    elif engine in gpu.NAMES:
+        return on_gpu(engine)
+    elif engine not in ("auto", "onnx"):
+        raise EngineUnavailable(f"there is no engine {engine}; there are {', '.join(('onnx', *gpu.NAMES))}")
+    if engine == "auto" and bundle.manifest.precision != "fp32":
+        raise EngineUnavailable(
+            f"{bundle.path}: is in {bundle.manifest.precision}, which is for GPUs, and there is none that could run it "
+            "here; export it with --precision fp32, or ask for --engine onnx"
+        )
     from server.engines.onnx import OnnxEngine
 
     return OnnxEngine(bundle, max_batch_sizes=max_batch_sizes)

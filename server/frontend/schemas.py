@@ -291,7 +291,9 @@ class Stage(_Model):
 
 
 class Engine(_Model):
-    name: str
+    name: str = Field(description="As `DVT_ENGINE` asks for it.")
+    runtime: str = Field(description="The library that runs the stages, with its version.")
+    device: str = Field(description="Name of the CPU or GPU.")
     executors: int
     max_batch_sizes: list[int]
 

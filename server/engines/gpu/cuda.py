@@ -59,7 +59,7 @@ _POINTERS_AND_LENGTH = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctype
 _DECIDE = (*[ctypes.c_void_p] * 5, ctypes.c_int)
 
 
-class Cuda:
+class CudaDevice:
     """See `device.Device`. Raises DeviceError where there is no device, or no driver for it."""
 
     def __init__(self) -> None:

@@ -344,7 +344,7 @@ class GpuEngine:
         for lane in self._all_lanes:
             self._lanes.put(lane)
         self._pool = SlotPool(len(self._stores), rows)
-        self.max_slots = rows
+        self.max_slots: int | None = rows
         self.max_batch_sizes = tuple(min(stage.batch_sizes[-1], rows) for stage in stages)
 
     @property

@@ -16,7 +16,10 @@ from server.bundle.manifest import TensorSpec
 class Context(Protocol):
     """One stage at one batch size, at fixed addresses, on one stream. Never used by two threads at once."""
 
-    capturable: bool  # whether `enqueue` may be recorded into a graph, after it ran once plainly
+    @property
+    def capturable(self) -> bool:
+        """Whether `enqueue` may be recorded into a graph, after it ran once plainly."""
+        ...
 
     def enqueue(self) -> None:
         """Put the stage's work on the context's stream and return. Synchronises with nothing; from the second call on
@@ -30,9 +33,16 @@ class Context(Protocol):
 class Stage(Protocol):
     """One stage with its weights on the device, shared by all contexts."""
 
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
-    batch_sizes: Sequence[int]  # ascending: a batch runs in the smallest that holds it
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def batch_sizes(self) -> Sequence[int]:
+        """Ascending: a batch runs in the smallest that holds it."""
+        ...
 
     def arena_bytes(self, batch_size: int) -> int:
         """Activation memory that a context of this size wants from the runtime. 0: it looks after its own."""

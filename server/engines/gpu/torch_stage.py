@@ -61,8 +61,12 @@ class Place(Protocol):
 
     def run(self, stream: int, work: Callable[[], None]) -> None:
         """Do the work on a stream. What it allocates is for that stream alone, and is not given back to the device
-        while a recorded graph may still use it."""
+        while anybody who entered has still to leave: a recorded graph may use it."""
         ...
+
+    def enter(self, stream: int) -> None: ...
+
+    def leave(self, stream: int) -> None: ...
 
 
 class CudaPlace:
@@ -79,18 +83,27 @@ class CudaPlace:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._streams: dict[int, tuple[torch.cuda.Stream, torch.cuda.MemPool]] = {}
+        self._inside: Counter[int] = Counter()  # by stream
 
     def tensor(self, address: int, shape: Shape, dtype: torch.dtype) -> Tensor:
         # The protocol knows no bfloat16; 16 bits are 16 bits.
         bits = torch.int16 if dtype is torch.bfloat16 else dtype
         return torch.as_tensor(_Memory(address, shape, bits), device=self.device).view(dtype)
 
-    def run(self, stream: int, work: Callable[[], None]) -> None:
-        if stream not in self._streams:
+    def enter(self, stream: int) -> None:
+        if not self._inside[stream]:
             self._streams[stream] = (
                 torch.cuda.ExternalStream(stream, self.device),  # type: ignore[no-untyped-call]
                 torch.cuda.MemPool(),
             )
+        self._inside[stream] += 1
+
+    def leave(self, stream: int) -> None:
+        self._inside[stream] -= 1
+        if not self._inside[stream]:
+            del self._streams[stream]
+
+    def run(self, stream: int, work: Callable[[], None]) -> None:
         ours, pool = self._streams[stream]
         # A pool of its own, as torch's own graphs have: freed memory is used again by later work of the same stream,
         # and stays at its address as long as the pool lives.
@@ -180,14 +193,17 @@ class TorchContext:
         self._file, self._graph, self._weights, self._place, self._stream = file, graph, weights, place, stream
         self._given = {name: tensor for name, tensor in tensors.items() if name in inputs}
         self._wanted = {name: tensor for name, tensor in tensors.items() if name not in inputs}
+        place.enter(stream)
         self._steps: list[_Step] | None = None
 
     def enqueue(self) -> None:
         self._place.run(self._stream, self._first_time if self._steps is None else self._again)
 
     def close(self) -> None:
+        """Once."""
         self._steps = None
         self._given, self._wanted = {}, {}
+        self._place.leave(self._stream)
 
     @torch.inference_mode()
     def _first_time(self) -> None:

@@ -660,7 +660,9 @@ class TestTheRest:
         schemas.Model.model_validate(body, strict=True)
         assert [stage["gmacs"] for stage in body["stages"]] == [0.01, 0.03, 0.08]
         assert body["criterion"] == (await served.http.get("/frontier")).json()["criterion"] == "max_probability"
-        assert body["engine"] == {"name": "fake", "executors": 1, "max_batch_sizes": [8, 4, 4]}
+        assert body["engine"] == {
+            "name": "fake", "runtime": "fake", "device": "none", "executors": 1, "max_batch_sizes": [8, 4, 4]
+        }  # fmt: skip
 
     async def test_ready_is_for_a_server_that_is_warm_and_stays(self, serve: Any) -> None:
         async with serve() as served:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -466,6 +466,7 @@ class HostPlace:
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
+        self.inside: Counter[int] = Counter()  # by stream: contexts that are open
 
     def tensor(self, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = int(np.prod(shape)) * dtype.itemsize
@@ -473,3 +474,9 @@ class HostPlace:
 
     def run(self, stream: int, work: Callable[[], None]) -> None:
         self._cuda.compute(stream, work)
+
+    def enter(self, stream: int) -> None:
+        self.inside[stream] += 1
+
+    def leave(self, stream: int) -> None:
+        self.inside[stream] -= 1

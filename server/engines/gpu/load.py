@@ -1,0 +1,111 @@
+"""The engines on a GPU, by the names that they are asked for. Each needs libraries of its own, imported where it is
+chosen; what is missing is said in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from server.bundle.manifest import Bundle
+from server.engines.gpu.device import Device, DeviceError, OutOfDeviceMemory
+from server.engines.gpu.engine import LANES, LARGEST_BATCH, GpuEngine, batch_sizes
+from server.engines.gpu.probe import visible_gpus
+from server.engines.gpu.stage import Stage
+from server.errors import EngineUnavailable
+
+Stages = tuple[Sequence[Stage], str]
+"""And what runs them, with its version."""
+
+
+def load(
+    name: str,
+    bundle: Bundle,
+    *,
+    max_batch_sizes: Sequence[int] | None,
+    executors: int | None,
+    max_slots: int,
+) -> GpuEngine:
+    """Raises EngineUnavailable where it cannot run here, BundleError for a bundle that it cannot run."""
+    if not visible_gpus():
+        raise EngineUnavailable(f"the engine {name} needs an NVIDIA GPU, and none is here; ask for --engine onnx")
+    largest = tuple(max_batch_sizes or [LARGEST_BATCH] * len(bundle.manifest.stages))
+    if len(largest) != len(bundle.manifest.stages):
+        raise ValueError(f"{len(largest)} batch sizes for {len(bundle.manifest.stages)} stages")
+    device: Device | None = None
+    try:
+        device = _device(name)
+        stages, runtime = _LOADERS[name](bundle, [batch_sizes(size) for size in largest])
+        return GpuEngine(
+            bundle,
+            device,
+            stages,
+            name=name,
+            runtime=f"{runtime}, {device.version}",
+            executors=executors or LANES,
+            max_slots=max_slots,
+        )
+    except BaseException as error:
+        if device is not None:
+            with suppress(Exception):
+                device.close()
+        if isinstance(error, OutOfDeviceMemory):
+            raise EngineUnavailable(
+                f"the engine {name} has too little memory on the GPU ({error}); lower DVT_MAX_BATCH_SIZES, "
+                "DVT_MAX_SLOTS or DVT_EXECUTORS"
+            ) from None
+        if isinstance(error, DeviceError):
+            raise EngineUnavailable(f"the engine {name} cannot use the GPU: {error}") from None
+        raise
+
+
+def _device(name: str) -> Device:
+    try:
+        from server.engines.gpu.cuda import CudaDevice
+    except ImportError as error:
+        raise EngineUnavailable(
+            f"the engine {name} needs NVIDIA's bindings ({error}): pip install 'dvt-serve[{_EXTRAS[name]}]'"
+        ) from None
+    return CudaDevice()
+
+
+def _torch_cuda(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:
+    try:
+        import torch
+
+        from server.engines.gpu import torch_stage
+    except ImportError as error:
+        raise EngineUnavailable(
+            f"the engine torch-cuda needs torch for CUDA and onnx ({error}): see pytorch.org for the first, and "
+            "pip install 'dvt-serve[gpu-torch]'"
+        ) from None
+    try:
+        place = torch_stage.CudaPlace()
+    except RuntimeError as error:
+        raise EngineUnavailable(f"the engine torch-cuda needs torch for CUDA: {error}; see pytorch.org") from None
+    return torch_stage.load(bundle, place, sizes), f"torch {torch.__version__}"
+
+
+def _onnx_cuda(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:
+    try:
+        import onnxruntime
+
+        from server.engines.gpu import onnx_stage
+    except ImportError as error:
+        raise EngineUnavailable(
+            f"the engine onnx-cuda needs ONNX Runtime for CUDA ({error}): pip install 'dvt-serve[gpu-ort]'"
+        ) from None
+    return onnx_stage.load(bundle, sizes), f"onnxruntime {onnxruntime.__version__}"
+
+
+def _tensorrt(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:  # noqa: ARG001
+    raise EngineUnavailable("the engine tensorrt is not part of this version; ask for --engine torch-cuda")
+
+
+_LOADERS: dict[str, Callable[[Bundle, Sequence[Sequence[int]]], Stages]] = {
+    "tensorrt": _tensorrt,
+    "torch-cuda": _torch_cuda,
+    "onnx-cuda": _onnx_cuda,
+}
+NAMES = tuple(_LOADERS)
+"""The best first. onnx-cuda is the last: what it runs cannot be recorded into a graph."""
+_EXTRAS = {"tensorrt": "gpu-trt", "torch-cuda": "gpu-torch", "onnx-cuda": "gpu-ort"}
