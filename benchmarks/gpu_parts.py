@@ -290,13 +290,14 @@ def spread(values: Sequence[float]) -> str:
 
 
 def tell(report: Report, runs: Mapping[str, Sequence[LoopRun]], base: str, more: Mapping[str, str]) -> None:
+    report.add("x", f"images/s over those of: {base}")
     for name, of in runs.items():
         rate = statistics.median(run.rate for run in of)
         over = ratios(runs, name, base)
         last = of[-1]
         report.add(
             name,
-            f"{rate:.0f} images/s, {spread(over)} of {base}; {more[name]}; fill {slashed(last.fill, '.0f')}",
+            f"{rate:.0f} images/s, x {spread(over)}; {more[name]}; fill {slashed(last.fill, '.0f')}",
             **{
                 name: {
                     "images_s": [run.rate for run in of], "ratio": over, "fill": last.fill,
@@ -640,10 +641,10 @@ def server(bench: Bench, report: Report) -> None:
     forms = [classify_many(files[first : first + together]) for first in range(0, len(files), together)]
     seconds = bench.seconds / 4
     engine = {} if bench.options.engine == "fake" else {"engine": bench.options.engine}
-    with Server(path if has_frontier(path) else "", timeout_ms=10_000, **engine) as serving:
+    room = {"timeout_ms": 10_000, "max_queued_images": 2048, "max_queued_decodes": 2048, "max_slots": 1024}
+    with Server(path if has_frontier(path) else "", **room, **engine) as serving:
         status, ready = serving.get("/model")
-        shown = {name: ready.get(name) for name in ("name", "version", "engine", "runtime", "device", "executors")}
-        report.add("serves", f"{status} {shown}", model=ready)
+        report.add("serves", f"{status} {ready.get('name')} on {ready.get('engine')}", model=ready)
         with Load(serving.port, forms, 4 if bench.small else 24, 10**6) as load:
             time.sleep(seconds / 2)
             before, first = serving.snapshot(), len(load.asked)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,42 @@ def test_a_loop_tells_an_engine_that_does_not_obey(bundles: Path) -> None:
         ClosedLoop(Lazy(), pixels, (0.5, 0.3, 0.2), (4, 4, 4)).run(0.2)  # type: ignore[arg-type]
     assert engine.slots_in_use == 0
     engine.close()
+
+
+@pytest.fixture
+def document() -> gpu.Document:
+    document = gpu.Document(gpu.Options(out=None, command="", engine="fake"))
+    document.begin("a part")
+    return document
+
+
+def test_a_process_that_dies_costs_its_part_alone_and_keeps_what_was_told(document: gpu.Document) -> None:
+    ours, theirs = Pipe()
+
+    def dying() -> None:
+        theirs.recv()
+        theirs.send(("line", "half", "a figure", {"half": 1}))
+        theirs.close()
+
+    process = threading.Thread(target=dying)
+    process.start()
+    error = gpu._follow(ours, "a part", document, 5.0)
+    process.join()
+    assert error == "its process died"
+    document.end("a part", error)
+    assert document.failed == ["a part"]
+    assert document._parts["a part"]["figures"] == {"half": 1}
+
+
+def test_a_part_that_hangs_is_ended(document: gpu.Document) -> None:
+    ours, theirs = Pipe()
+    assert gpu._follow(ours, "a part", document, 0.05) == "ended after 0 s"
+    theirs.close()
+
+
+def test_a_promise_that_was_broken_makes_the_part_a_failed_one(document: gpu.Document) -> None:
+    ours, theirs = Pipe()
+    theirs.send(("ended", None, ["slots left: 1"]))
+    assert gpu._follow(ours, "a part", document, 5.0) is None
+    document.end("a part")
+    assert document.failed == ["a part"]
