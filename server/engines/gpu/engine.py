@@ -383,7 +383,10 @@ class GpuEngine:
                 self._lanes.put(lane)
 
     def close(self) -> None:
-        """May be called twice. What a lost device does not take back any more is left to the end of the process."""
+        """May be called twice. A lost device takes nothing back; it is left to the end of the process, since libraries
+        do not expect that, and end it less kindly."""
+        if self._lost is not None:
+            return
         closing: list[_Closes] = [*self._all_lanes, *self._stores, *self._stages]
         if not self._closed:
             closing.append(self._device)

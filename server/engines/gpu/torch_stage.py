@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,8 +78,11 @@ class CudaPlace:
             raise RuntimeError(f"torch {torch.__version__} finds no CUDA device")
         self.device = torch.device("cuda", 0)
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        with warnings.catch_warnings():
+            # There are newer names for these two, but then torch refuses to be asked by the old ones.
+            warnings.simplefilter("ignore")
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
         # Partial sums of half precision products are added in float32, as the other engines do.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -1,93 +1,33 @@
-"""What every engine promises (`core.Engine`): FakeEngine, and ONNX Runtime on three small hand-made stages."""
+"""What every engine promises (`core.Engine`): FakeEngine; and, on three small hand-made stages, ONNX Runtime and the
+GPU engine, its stages by torch, on a device that is none."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from server import engines
-from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec, write_manifest
+from server.bundle.manifest import Bundle
 from server.core import Engine, Pixels, Slot, StageBatch, StageOutput
 from server.engines import load_engine
 from server.engines.fake import FakeEngine
-from server.engines.onnx import largest_batch_that_pays
+from server.engines.gpu import torch_stage
+from server.engines.gpu.engine import GpuEngine, batch_sizes
+from server.engines.gpu.probe import visible_gpus
+from server.engines.onnx import OnnxEngine, largest_batch_that_pays
 from server.errors import BundleError
+from tests.server.engines.gpu.fake_cuda import FakeCuda, HostPlace
+from tests.server.engines.small_stages import CLASSES, MAPS, SIDE, stage_model, write_bundle
 
-SIDE, CLASSES, DIM, MAPS = 8, 10, 6, 2  # input height and width; K; D; relation maps
-GRIDS = ((1, 2), (2, 2), (2, 3))
-IMAGE = ("B", SIDE, SIDE, 3)
 STAY = 2.0  # a threshold that no confidence reaches
 LEAVE = 0.0
-
-Shapes = dict[str, tuple[int | str, ...]]
-
-
-def state(stage: int) -> Shapes:
-    """What a stage leaves for the next one. An ONNX graph cannot take and leave tensors of one name."""
-    if not 1 <= stage < len(GRIDS):
-        return {}
-    tokens = GRIDS[stage - 1][0] * GRIDS[stage - 1][1]
-    return {f"features{stage}": ("B", tokens, DIM), f"relations{stage}": ("B", MAPS, tokens + 1, tokens + 1)}
-
-
-def outputs(stage: int) -> Shapes:
-    return {"logits": ("B", CLASSES), "probabilities": ("B", CLASSES), "confidence": ("B",), **state(stage)}
-
-
-def stage_model(stage: int) -> onnx.ModelProto:
-    """All inputs flattened and joined, then one random matrix for each output."""
-    rng = np.random.default_rng(stage)
-    inputs: Shapes = {"image": IMAGE, **state(stage - 1)}
-    constants = {"rows": np.array([0, -1]), "last": np.array([-1]), "scale": np.float32(1 / 255)}
-    nodes = [
-        helper.make_node("Cast", ["image"], ["image_f32"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["image_f32", "scale"], ["image_scaled"]),
-        helper.make_node("Reshape", ["image_scaled", "rows"], ["image_flat"]),
-        *[helper.make_node("Reshape", [name, "rows"], [f"{name}_flat"]) for name in state(stage - 1)],
-        helper.make_node("Concat", [f"{name}_flat" for name in inputs], ["joined"], axis=1),
-    ]
-    width = sum(int(np.prod(shape[1:])) for shape in inputs.values())
-    for name, shape in {"logits": ("B", CLASSES), **state(stage)}.items():
-        size = int(np.prod(shape[1:]))
-        constants[f"{name}_w"] = rng.normal(0, 0.3, (width, size)).astype(np.float32)
-        constants[f"{name}_shape"] = np.array([-1, *shape[1:]])
-        nodes.append(helper.make_node("MatMul", ["joined", f"{name}_w"], [f"{name}_row"]))
-        nodes.append(helper.make_node("Reshape", [f"{name}_row", f"{name}_shape"], [name]))
-    nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
-    nodes.append(helper.make_node("ReduceMax", ["probabilities", "last"], ["confidence"], keepdims=0))
-    kinds = {"image": TensorProto.UINT8}
-    graph = helper.make_graph(
-        nodes,
-        f"stage{stage}",
-        [helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), s) for n, s in inputs.items()],
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs(stage).items()],
-        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-def write_bundle(root: Path, **changed_outputs: tuple[int | str, ...]) -> Bundle:
-    """A bundle of those stages; `changed_outputs`: other shapes than the graphs have, for the manifest only."""
-    stages = []
-    for stage, grid in enumerate(GRIDS, start=1):
-        onnx.save(stage_model(stage), root / f"stage{stage}.onnx")
-        inputs = {"image": TensorSpec(dtype="uint8", shape=IMAGE)}
-        inputs |= {name: TensorSpec(dtype="float32", shape=shape) for name, shape in state(stage - 1).items()}
-        named = outputs(stage) | {name: shape for name, shape in changed_outputs.items() if name in outputs(stage)}
-        left = {name: TensorSpec(dtype="float32", shape=shape) for name, shape in named.items()}
-        stages.append(
-            StageSpec.of(root, f"stage{stage}.onnx", inputs=inputs, outputs=left, grid=grid, gmacs=float(stage))
-        )
-    labels = [f"class {number}" for number in range(CLASSES)]
-    write_manifest(root, name="tiny", labels=labels, preprocessing=Preprocessing(SIDE, (SIDE, SIDE)), stages=stages)
-    return Bundle.load(root, need_frontier=False)
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +35,33 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-ENGINES = ("fake", "onnx")  # modules of server.engines
+ENGINES = ("fake", "onnx", "gpu")  # modules and rooms of server.engines
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Engine]:
-    engine: Engine = FakeEngine() if request.param == "fake" else load_engine(bundle)
+    cuda = FakeCuda()
+    engine: Engine
+    match request.param:
+        case "fake":
+            engine = FakeEngine()
+        case "onnx":
+            engine = OnnxEngine(bundle)
+        case "gpu":
+            stages = torch_stage.load(bundle, HostPlace(cuda), [batch_sizes(16)] * 3)
+            engine = GpuEngine(bundle, cuda, stages, name="torch-cuda", runtime="torch", executors=2, max_slots=16)
     yield engine
     engine.close()
+    assert not cuda.faults
+    assert not cuda.leaks
+
+
+def assert_equal(engine: Engine, found: np.ndarray, expected: np.ndarray) -> None:
+    """Bit by bit; on a GPU another batch size may add in another order."""
+    if engine.name == "torch-cuda":
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.fixture
@@ -136,7 +95,8 @@ def all_stages(engine: Engine, images: Sequence[Pixels]) -> Traces:
 
 
 def test_every_engine_is_held_to_it() -> None:
-    modules = {file.stem for file in Path(engines.__file__).parent.glob("*.py")}
+    room = Path(engines.__file__).parent
+    modules = {file.stem for file in room.glob("*.py")} | {file.parent.name for file in room.glob("*/engine.py")}
     assert modules - {"__init__", "slots"} == set(ENGINES)
 
 
@@ -185,8 +145,8 @@ def test_no_answer_depends_on_the_batch_it_came_with(engine: Engine, images):
     together = all_stages(engine, images)
     for size in (1, 5):
         parts = [all_stages(engine, images[start : start + size]) for start in range(0, 12, size)]
-        np.testing.assert_array_equal(np.concatenate([p.probabilities for p in parts], axis=1), together.probabilities)
-        np.testing.assert_array_equal(np.concatenate([p.confidence for p in parts], axis=1), together.confidence)
+        assert_equal(engine, np.concatenate([p.probabilities for p in parts], axis=1), together.probabilities)
+        assert_equal(engine, np.concatenate([p.confidence for p in parts], axis=1), together.confidence)
 
 
 def test_survivors_of_several_batches_go_on_in_any_order(engine: Engine, images):
@@ -195,7 +155,7 @@ def test_survivors_of_several_batches_go_on_in_any_order(engine: Engine, images)
     first(engine, images[::-1], LEAVE)  # what ran in between leaves no trace in kept state
     order = np.random.default_rng(1).permutation(12)
     output = then(engine, 2, [images[i] for i in order], [slots[i] for i in order], LEAVE)
-    np.testing.assert_array_equal(output.probabilities, together.probabilities[1][order])
+    assert_equal(engine, output.probabilities, together.probabilities[1][order])
 
 
 def test_freed_slots_are_gone(engine: Engine, images):
@@ -228,7 +188,7 @@ def test_two_threads_run_at_once(engine: Engine, images):
     together = all_stages(engine, images)
     with ThreadPoolExecutor(2) as threads:
         for said in threads.map(lambda _: all_stages(engine, images), range(40)):
-            np.testing.assert_array_equal(said.probabilities, together.probabilities)
+            assert_equal(engine, said.probabilities, together.probabilities)
     assert engine.slots_in_use == 0
 
 
@@ -240,25 +200,30 @@ def test_warming_up_leaves_nothing_held(engine: Engine):
 # -- ONNX Runtime only
 
 
+def test_it_is_what_a_machine_without_a_gpu_gets(bundle: Bundle):
+    with closing(load_engine(bundle)) as engine:
+        assert isinstance(engine, OnnxEngine if not visible_gpus() else GpuEngine)
+
+
 def test_batch_sizes_follow_from_the_tokens_unless_they_are_set(bundle: Bundle):
-    assert load_engine(bundle).max_batch_sizes == (16, 16, 16)
-    assert load_engine(bundle, max_batch_sizes=(3, 2, 1)).max_batch_sizes == (3, 2, 1)
+    assert OnnxEngine(bundle).max_batch_sizes == (16, 16, 16)
+    assert OnnxEngine(bundle, max_batch_sizes=(3, 2, 1)).max_batch_sizes == (3, 2, 1)
     assert [largest_batch_that_pays(tokens) for tokens in (50, 101, 197)] == [16, 8, 4]
     with pytest.raises(ValueError, match="batch sizes"):
-        load_engine(bundle, max_batch_sizes=(3, 2))
+        OnnxEngine(bundle, max_batch_sizes=(3, 2))
 
 
 def test_a_stage_that_is_not_a_graph_is_named(tmp_path: Path):
     bundle = write_bundle(tmp_path)
     (tmp_path / "stage2.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match=r"stage2\.onnx: cannot be loaded"):
-        load_engine(bundle)
+        OnnxEngine(bundle)
 
 
 def test_a_tensor_of_another_shape_than_the_manifest_says_is_named(tmp_path: Path):
     bundle = write_bundle(tmp_path, relations2=("B", MAPS, 9, 9))
     with pytest.raises(BundleError, match=r"stage2\.onnx: output `relations2` is .* the manifest says"):
-        load_engine(bundle)
+        OnnxEngine(bundle)
 
 
 def test_a_tensor_that_the_graph_lacks_is_named(tmp_path: Path):
@@ -267,10 +232,10 @@ def test_a_tensor_that_the_graph_lacks_is_named(tmp_path: Path):
     del model.graph.output[0]
     onnx.save(model, tmp_path / "stage3.onnx")
     with pytest.raises(BundleError, match=r"stage3\.onnx: has no output `logits`"):
-        load_engine(bundle)
+        OnnxEngine(bundle)
     onnx.save(stage_model(3), tmp_path / "stage2.onnx")
     with pytest.raises(BundleError, match=r"stage2\.onnx: has no input `features1`"):
-        load_engine(bundle)
+        OnnxEngine(bundle)
 
 
 def test_a_graph_of_one_batch_size_is_refused(tmp_path: Path):
@@ -279,4 +244,4 @@ def test_a_graph_of_one_batch_size_is_refused(tmp_path: Path):
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, tmp_path / "stage1.onnx")
     with pytest.raises(BundleError, match=r"stage1\.onnx: input `image`"):
-        load_engine(bundle)
+        OnnxEngine(bundle)
