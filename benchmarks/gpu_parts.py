@@ -48,8 +48,8 @@ MIXES = {
 PROFILED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROFILED_SINGLE = (1, 8, 64, 128)
 PHOTOS = (1, 2, 4, 8, 16, 32, 64)  # batch sizes of the embedded model, where it is only to be right
-CANDIDATES = (32, 64, 128, 256)  # batch sizes that contend for the best
-LANES = (1, 2, 3)
+CANDIDATES = (64, 128, 256)  # batch sizes that contend for the best
+IN_FLIGHT = (1, 2, 3, 4)  # batches
 ROUNDS = 3
 DISTINCT = 512  # images in turn: 77 MB at 224 pixels, so that staging them is not done from a cache
 FP32_WITHIN = 1e-4  # probabilities of two engines in fp32
@@ -208,7 +208,8 @@ def pixels_for(engine: Engine, count: int) -> list[Pixels]:
 def throughput(bench: Bench, report: Report, model: str) -> None:
     """Images/s of the cascade by mix of exits, over those of its backbone alone. Both first find their best batch size
     and lanes; rounds of all contenders alternate."""
-    cascade, alone = bench.open(f"{model}-fp16"), bench.open(f"{model}-alone-fp16", stages=1)
+    cascade = bench.open(f"{model}-fp16")
+    alone = bench.open(f"{model}-alone-fp16", stages=1, sizes=CANDIDATES)
     exits = cascade.engine.num_stages
     pixels = pixels_for(cascade.engine, 16 if bench.small else DISTINCT)
     mixes = {name: mix for name, mix in MIXES.items() if len(mix) == exits}
@@ -219,7 +220,7 @@ def throughput(bench: Bench, report: Report, model: str) -> None:
         size, lanes = how
         return ClosedLoop(opened.engine, pixels, mix, [size] * len(mix), lanes, rebatch)
 
-    tries = {(size, lanes) for size in sizes for lanes in LANES}
+    tries = {(size, lanes) for size in sizes for lanes in IN_FLIGHT}
     slice_s = bench.seconds / 1.25 / (2 * 2 * len(tries))  # half of the time to find the best
     best: dict[str, tuple[int, int]] = {}
     for name, opened, mix in (("alone", alone, (1.0,)), ("cascade", cascade, mixes[first])):
@@ -262,7 +263,7 @@ def switches(bench: Bench, report: Report, model: str) -> None:
         f"{name}, batch {size}, {lanes} in flight": ClosedLoop(opened.engine, pixels, mix, [size] * len(mix), lanes)
         for size in sorted({2 if bench.small else 8, large})
         for name, opened in (("graphs", graphs), ("no graphs", plain))
-        for lanes in LANES
+        for lanes in IN_FLIGHT
     }
     runs = in_turn(contenders, bench.seconds)
     base = f"no graphs, batch {large}, 1 in flight"
@@ -424,7 +425,7 @@ def answers(bench: Bench, report: Report) -> None:
             if not bench.has(f"{model}-{precision}"):
                 report.add(f"{model} {precision}", "no such bundle")
                 continue
-            got = every_answer(bench.open(f"{model}-{precision}", sizes=PHOTOS).engine, pixels)
+            got = every_answer(bench.open(f"{model}-{precision}", sizes=PHOTOS, lanes=1).engine, pixels)
             differences = np.abs(got.probabilities - want.probabilities).max(axis=(1, 2))  # (E,)
             moved = int((exits_of(got.confidence, thresholds) != exits_of(want.confidence, thresholds)).sum())
             report.add(
@@ -441,7 +442,7 @@ def answers(bench: Bench, report: Report) -> None:
 def shuffled(bench: Bench, report: Report) -> None:
     """Survivors in batches of random sizes, in random order, against the same images in one batch a stage."""
     precision = "fp16" if bench.has("photo10-fp16") else "fp32"
-    opened = bench.open(f"photo10-{precision}", sizes=PHOTOS)
+    opened = bench.open(f"photo10-{precision}", sizes=PHOTOS, lanes=1)
     engine, rng = opened.engine, np.random.default_rng(1)
     pixels = decoded(opened.bundle, photos(4 if bench.small else 64))
     want = every_answer(engine, pixels)
