@@ -70,8 +70,6 @@ def _device(name: str) -> Device:
 
 def _torch_cuda(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:
     try:
-        import torch
-
         from server.engines.gpu import torch_stage
     except ImportError as error:
         raise EngineUnavailable(
@@ -82,19 +80,17 @@ def _torch_cuda(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:
         place = torch_stage.CudaPlace()
     except RuntimeError as error:
         raise EngineUnavailable(f"the engine torch-cuda needs torch for CUDA: {error}; see pytorch.org") from None
-    return torch_stage.load(bundle, place, sizes), f"torch {torch.__version__}"
+    return torch_stage.load(bundle, place, sizes), torch_stage.RUNTIME
 
 
 def _onnx_cuda(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:
     try:
-        import onnxruntime
-
         from server.engines.gpu import onnx_stage
     except ImportError as error:
         raise EngineUnavailable(
             f"the engine onnx-cuda needs ONNX Runtime for CUDA ({error}): pip install 'dvt-serve[gpu-ort]'"
         ) from None
-    return onnx_stage.load(bundle, sizes), f"onnxruntime {onnxruntime.__version__}"
+    return onnx_stage.load(bundle, sizes), onnx_stage.RUNTIME
 
 
 def _tensorrt(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:  # noqa: ARG001

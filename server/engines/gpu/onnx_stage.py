@@ -15,6 +15,7 @@ import onnxruntime as ort
 from server.bundle.manifest import Bundle, StageSpec
 from server.errors import BundleError, EngineUnavailable
 
+RUNTIME = f"onnxruntime {ort.__version__}"
 PROVIDER = "CUDAExecutionProvider"
 DTYPES = {"uint8": np.uint8, "float16": np.float16, "float32": np.float32}  # of a manifest
 

@@ -30,6 +30,8 @@ from torch import Tensor
 from server.bundle.manifest import Bundle, StageSpec, TensorSpec
 from server.errors import BundleError
 
+RUNTIME = f"torch {torch.__version__}"
+
 DTYPES = {
     "uint8": torch.uint8,
     "float16": torch.float16,
