@@ -54,14 +54,14 @@ class Products:
     def __init__(self, card: Card, shape: tuple[int, int, int], kind: str, copies: int) -> None:
         m, k, n = shape
         dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
-        self._precision = "tf32" if kind == "tf32" else "ieee"
+        self._tf32 = kind == "tf32"
         self._sets = [
             (card.normal(m, k, dtype=dtype), card.normal(k, n, dtype=dtype), card.normal(m, n, dtype=dtype))
             for _ in range(copies)
         ]
 
     def __call__(self) -> None:
-        torch.backends.cuda.matmul.fp32_precision = self._precision
+        torch.backends.cuda.matmul.allow_tf32 = self._tf32
         for a, b, out in self._sets:
             torch.mm(a, b, out=out)
 
