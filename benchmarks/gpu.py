@@ -81,6 +81,7 @@ def plan(models: Sequence[str]) -> list[Part]:
         Part("answers", "answers", 15),
         Part("shuffled", "answers", 6),
         Part("profile", first, 18, first),
+        Part("shuffled", first, 3, first),
         Part("throughput", first, 32, first),
         Part("switches", first, 16, first),
         Part("state", first, 5, first),
