@@ -36,7 +36,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -144,18 +144,18 @@ class _Store:
     written."""
 
     def __init__(self, device: Device, tensors: Mapping[str, int], rows: int, stream: int) -> None:
-        self._device = device
         self.blank = rows
         self.addresses: dict[str, int] = {}
-        for name, row in tensors.items():
-            size = (rows + 1) * row
-            self.addresses[name] = device.allocate(size)
-            device.clear(self.addresses[name], size, stream)
+        with ExitStack() as taken:
+            for name, row in tensors.items():
+                size = (rows + 1) * row
+                self.addresses[name] = device.allocate(size)
+                taken.callback(device.free, self.addresses[name])
+                device.clear(self.addresses[name], size, stream)
+            self._taken = taken.pop_all()
 
     def close(self) -> None:
-        for address in self.addresses.values():
-            self._device.free(address)
-        self.addresses.clear()
+        self._taken.close()
 
 
 class _Lane:
@@ -163,25 +163,34 @@ class _Lane:
 
     def __init__(self, device: Device, block: int, arena: int, inbox: int, outbox: int) -> None:
         """Sizes in bytes."""
-        self._device = device
-        self.stream = device.stream()
-        self.event = device.event()
-        self.block = device.allocate(block)
-        self.arena = device.allocate(arena) if arena else 0
-        self.inbox, self.outbox = device.pin(inbox), device.pin(outbox)
         self.programs: dict[tuple[int, int], _Program] = {}  # by stage and size
+        with ExitStack() as taken:
+            self.stream = device.stream()
+            taken.callback(device.destroy_stream, self.stream)
+            self.event = device.event()
+            taken.callback(device.destroy_event, self.event)
+            self.block, self.arena = (self._allocate(device, size, taken) for size in (block, arena))
+            self.inbox, self.outbox = (self._pin(device, size, taken) for size in (inbox, outbox))
+            self._taken = taken.pop_all()
 
     def close(self) -> None:
         for program in self.programs.values():
             program.close()
         self.programs.clear()
-        self._device.unpin(self.inbox)
-        self._device.unpin(self.outbox)
-        self._device.free(self.block)
-        if self.arena:
-            self._device.free(self.arena)
-        self._device.destroy_event(self.event)
-        self._device.destroy_stream(self.stream)
+        self._taken.close()
+
+    @staticmethod
+    def _allocate(device: Device, size: int, taken: ExitStack) -> int:
+        address = device.allocate(size) if size else 0
+        if size:
+            taken.callback(device.free, address)
+        return address
+
+    @staticmethod
+    def _pin(device: Device, size: int, taken: ExitStack) -> Host:
+        host = device.pin(size)
+        taken.callback(device.unpin, host)
+        return host
 
 
 class _Program:
@@ -206,7 +215,13 @@ class _Program:
         self._survives = _view(outbox, places.survives - start, np.uint8, (size,))
         self._context = self._open()
         self._graph: int | None = None
-        self._prepare()
+        try:
+            self._prepare()
+        except BaseException:
+            with suppress(Exception):
+                self._device.synchronize(lane.stream)  # it may have begun; and a lost device is left alone
+                self.close()
+            raise
 
     def run(
         self, pixels: Sequence[Pixels], thresholds: Sequence[float], sources: Sequence[int], reserved: Sequence[int]
@@ -387,6 +402,8 @@ class GpuEngine:
         do not expect that, and end it less kindly."""
         if self._lost is not None:
             return
+        with suppress(Exception):
+            self._device.attach()
         closing: list[_Closes] = [*self._all_lanes, *self._stores, *self._stages]
         if not self._closed:
             closing.append(self._device)

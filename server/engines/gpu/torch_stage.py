@@ -298,12 +298,9 @@ class _Node:
         return self.attributes.get(name, default)
 
     def kernel(self, constants: Mapping[str, Tensor]) -> tuple[Kernel, tuple[str, ...]]:
-        """What computes it, and which inputs that takes. Raises BundleError for an operator that nothing does."""
-        build = OPERATORS.get(self.operator)
-        if build is None:
-            raise BundleError(f"the operator {self.operator} is not known here")
+        """What computes it, and which inputs that takes. Raises BundleError for a form of it that is not known here."""
         bound = _Bound(self, constants)
-        kernel = build(bound)
+        kernel = OPERATORS[self.operator](bound)
         return kernel, tuple(name for at, name in enumerate(self.inputs) if at not in bound.read)
 
     def named(self, given: Any) -> dict[str, Tensor]:
@@ -376,7 +373,9 @@ class _Graph:
         return cls(tuple(left), constants, inputs, outputs)
 
     def check(self, spec: StageSpec) -> None:
-        """Against the manifest. Raises BundleError."""
+        """Against what is known here, and against the manifest. Raises BundleError."""
+        if unknown := {node.operator for node in self.nodes} - OPERATORS.keys():
+            raise BundleError(f"the operator {min(unknown)} is not known here")
         for what, here, there in (("input", self.inputs, spec.inputs), ("output", self.outputs, spec.outputs)):
             if missing := there.keys() - here:
                 raise BundleError(f"has no {what} `{min(missing)}`, the manifest names one")

@@ -15,7 +15,7 @@ import pytest
 
 from server.cascade.batcher import Batcher
 from server.cascade.scheduler import Scheduler
-from server.core import Answer, ImageResult, OperatingPoint, StageBatch, StageOutput
+from server.core import Answer, EngineLost, ImageResult, OperatingPoint, StageBatch, StageOutput
 from server.engines.fake import FakeEngine
 from server.errors import DeadlineExceeded, Draining, EngineFailed, Overloaded
 
@@ -310,6 +310,26 @@ async def test_when_the_batch_loop_dies_every_waiter_is_answered(caplog):
             await server.ask((HIGH,))
         await server.batcher.drain(60)
     assert "died" in caplog.text
+
+
+class Lost(FakeEngine):
+    """Its device is lost with the first batch."""
+
+    def run(self, batch: StageBatch) -> StageOutput:
+        super().run(batch)
+        raise EngineLost("the device is lost")
+
+
+async def test_when_the_engine_is_lost_every_waiter_is_answered_and_nothing_runs_any_more(caplog):
+    async with serving(engine=Lost(max_batch_sizes=(1, 1, 1))) as server:
+        for error in await asyncio.gather(*[server.ask((HIGH,)) for _ in range(5)], return_exceptions=True):
+            assert isinstance(error, EngineFailed)
+        assert not server.batcher.healthy
+        assert isinstance(await server.batcher.died, EngineLost)
+        with pytest.raises(Draining):
+            await server.ask((HIGH,))
+        assert len(server.engine.batches) == 1
+    assert "the device is lost" in caplog.text
 
 
 @pytest.mark.parametrize("ending", ["answered", "deadline", "disconnect"])

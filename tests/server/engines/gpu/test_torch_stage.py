@@ -1,0 +1,214 @@
+"""Every operator in torch does what ONNX Runtime does; what nothing here does is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from server.bundle.manifest import Bundle, StageSpec, TensorSpec
+from server.engines.gpu import torch_stage
+from server.errors import BundleError
+from tests.server.engines.gpu.fake_cuda import FakeCuda, HostPlace
+from tests.server.engines.small_stages import stage_model, write_bundle
+
+RNG = np.random.default_rng(0)
+B = 3
+
+
+def f32(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def i64(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+Case = tuple[str, list[np.ndarray | None], dict[str, Any]]
+# The operator; what it takes, the first the input of the graph and the rest constants; attributes.
+CASES: list[Case] = [
+    *[(name, [f32(B, 5)], {}) for name in ("Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "Identity", "Neg")],
+    *[
+        (name, [f32(B, 5)], {})
+        for name in ("Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Tanh")
+    ],
+    *[(name, [np.abs(f32(B, 5))], {}) for name in ("Log", "Sqrt")],
+    *[(name, [f32(B, 4, 5), f32(4, 1)], {}) for name in ("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum")],
+    ("Pow", [np.abs(f32(B, 5)), np.array(2.5, np.float32)], {}),
+    *[
+        (name, [f32(B, 5), np.zeros(5, np.float32)], {})
+        for name in ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
+    ],
+    ("Gelu", [f32(B, 5)], {}),
+    ("Gelu", [f32(B, 5)], {"approximate": "tanh"}),
+    ("MatMul", [f32(B, 4, 5), f32(5, 6)], {}),
+    ("MatMul", [f32(B, 2, 4, 5), f32(B, 2, 5, 6)], {}),
+    ("Gemm", [f32(B, 5), f32(6, 5), f32(6)], {"transB": 1, "alpha": 0.5, "beta": 2.0}),
+    ("Gemm", [f32(B, 5), f32(5, 6)], {}),
+    ("Einsum", [f32(B, 4, 5), f32(B, 6, 5)], {"equation": "bij, bkj -> bik"}),
+    ("Conv", [f32(B, 4, 9, 9), f32(8, 4, 3, 3), f32(8)], {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
+    ("Conv", [f32(B, 4, 9, 9), f32(8, 2, 3, 3)], {"group": 2, "pads": [0, 1, 2, 1], "dilations": [2, 2]}),
+    ("Conv", [f32(B, 4, 9), f32(8, 4, 3)], {}),
+    ("LayerNormalization", [f32(B, 4, 5), f32(5), f32(5)], {"epsilon": 1e-3}),
+    ("LayerNormalization", [f32(B, 4, 5), f32(4, 5)], {"axis": 1}),
+    ("Softmax", [f32(B, 4, 5)], {"axis": 1}),
+    ("Softmax", [f32(B, 4, 5)], {}),
+    ("LogSoftmax", [f32(B, 4, 5)], {}),
+    ("Clip", [f32(B, 5), np.float32(-0.5), np.float32(0.5)], {}),
+    ("Clip", [f32(B, 5), None, np.float32(0.5)], {}),
+    ("ReduceMax", [f32(B, 4, 5), i64(-1)], {"keepdims": 0}),
+    ("ReduceMin", [f32(B, 4, 5), i64(1, 2)], {"keepdims": 1}),
+    ("ReduceMean", [f32(B, 4, 5), i64(1)], {}),
+    ("ReduceSum", [f32(B, 4, 5)], {}),
+    ("ReduceSum", [f32(B, 4, 5)], {"noop_with_empty_axes": 1}),
+    ("ReduceSumSquare", [f32(B, 4, 5), i64(2)], {}),
+    ("ReduceL2", [f32(B, 4, 5), i64(2)], {}),
+    ("Reshape", [f32(B, 4, 6), i64(0, -1, 3)], {}),
+    ("Reshape", [f32(B, 4, 6), i64(-1, 8, 3)], {"allowzero": 1}),
+    ("Flatten", [f32(B, 4, 6)], {"axis": -1}),
+    ("Transpose", [f32(B, 4, 6)], {"perm": [0, 2, 1]}),
+    ("Transpose", [f32(B, 4, 6)], {}),
+    ("Squeeze", [f32(B, 1, 6, 1), i64(1, -1)], {}),
+    ("Squeeze", [f32(B, 1, 6, 1)], {}),
+    ("Unsqueeze", [f32(B, 6), i64(-1, 1)], {}),
+    ("Expand", [f32(B, 1, 6), i64(1, 4, 1)], {}),
+    ("Tile", [f32(B, 2, 3), i64(1, 2, 2)], {}),
+    ("Concat", [f32(B, 2, 3), f32(B, 4, 3)], {"axis": 1}),
+    ("Split", [f32(B, 7), i64(2, 5)], {"axis": 1}),
+    ("Split", [f32(B, 8)], {"axis": -1, "num_outputs": 3}),
+    ("Slice", [f32(B, 9, 8), i64(1, -5), i64(2**62, -1), i64(1, 2), i64(2, 1)], {}),
+    ("Slice", [f32(B, 9), i64(0, 3), i64(B, 6)], {}),
+    ("Gather", [f32(B, 9, 8), np.array(-1, np.int64)], {"axis": 1}),
+    ("Gather", [f32(B, 9, 8), np.array([[0, 8], [3, 3]], np.int64)], {"axis": -2}),
+    ("Pad", [f32(B, 4, 5), i64(0, 1, 0, 0, 2, 3), np.float32(0.5)], {}),
+    ("Pad", [f32(B, 4, 5), i64(1, 2), None, i64(2)], {}),
+    ("Cast", [f32(B, 5) * 10], {"to": TensorProto.INT32}),
+    ("Where", [f32(B, 5) > 0, f32(5), f32(5)], {}),
+    ("Not", [f32(B, 5) > 0], {}),
+    ("Dropout", [f32(B, 5)], {}),
+]
+OUTPUTS = {"Split": 3}
+
+
+def compare(file: Path, proto: onnx.ModelProto, feed: np.ndarray, *, within: float = 1e-5) -> None:
+    """One graph by ONNX Runtime, and by torch, whose operators get it as constants and as what is computed."""
+    import onnxruntime as ort
+
+    onnx.save(proto, file)
+    expected = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"x": feed}
+    )
+    graph = torch_stage._Graph.read(file)
+    given = torch_stage.torch.from_numpy(feed)
+    values = {"x": given}
+    constants = dict(graph.constants)
+    for node in graph.nodes:
+        kernel, which = node.kernel(constants)
+        everything = {**constants, **values}
+        values |= node.named(kernel(*(everything[name] if name else None for name in which)))
+    for output, wanted in zip(proto.graph.output, expected, strict=True):
+        found = values[output.name].numpy()
+        assert found.dtype == wanted.dtype
+        np.testing.assert_allclose(found, wanted, atol=within, rtol=within)
+
+
+@pytest.mark.parametrize(("operator", "takes", "attributes"), CASES, ids=[f"{c[0]}-{at}" for at, c in enumerate(CASES)])
+def test_an_operator_does_what_it_does_in_onnx_runtime(
+    tmp_path: Path, operator: str, takes: list[np.ndarray | None], attributes: dict[str, Any]
+) -> None:
+    first, *rest = takes
+    assert first is not None
+    names = ["x", *("" if array is None else f"constant{at}" for at, array in enumerate(rest))]
+    parts = len(rest[0]) if operator == "Split" and rest else attributes.get("num_outputs", 1)  # type: ignore[arg-type]
+    results = [f"y{at}" for at in range(parts)]
+    graph = helper.make_graph(
+        [helper.make_node(operator, names, results, **attributes)],
+        "one",
+        [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(first.dtype), first.shape)],
+        [helper.make_empty_tensor_value_info(name) for name in results],
+        [numpy_helper.from_array(a, f"constant{at}") for at, a in enumerate(rest) if a is not None],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    proto = onnx.shape_inference.infer_shapes(proto)
+    compare(tmp_path / "one.onnx", proto, first)
+
+
+@pytest.mark.parametrize("mode", [0, 2, 3])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("logits", [False, True])
+def test_attention_and_the_logits_that_it_hands_out(
+    tmp_path: Path, mode: int, mask: bool, flat: bool, logits: bool
+) -> None:
+    heads, tokens, width = 2, 5, 4
+    shape = (B, tokens, heads * width) if flat else (B, heads, tokens, width)
+    constants = {"k": f32(*shape), "v": f32(*shape), **({"mask": f32(B, heads, tokens, tokens)} if mask else {})}
+    more = {"q_num_heads": heads, "kv_num_heads": heads} if flat else {}
+    node = helper.make_node(
+        "Attention", ["x", *constants], ["y", "", "", "logits"] if logits else ["y"],
+        scale=0.3, qk_matmul_output_mode=mode, **more,
+    )  # fmt: skip
+    outputs = ["y", "logits"] if logits else ["y"]
+    graph = helper.make_graph(
+        [node],
+        "attention",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    compare(tmp_path / "attention.onnx", proto, f32(*shape))
+
+
+def test_a_product_and_its_bias_are_one_operator(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["b", "p"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (B, 4, 5))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(f32(5, 6), "w"), numpy_helper.from_array(f32(6), "b")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    compare(tmp_path / "linear.onnx", proto, f32(B, 4, 5))
+    assert [node.operator for node in torch_stage._Graph.read(tmp_path / "linear.onnx").nodes] == ["Linear"]
+
+
+# -- what cannot be run
+
+
+def stage(root: Path, proto: onnx.ModelProto, spec: StageSpec) -> torch_stage.TorchStage:
+    onnx.save(proto, root / "changed.onnx")
+    return torch_stage.TorchStage(root / "changed.onnx", spec, HostPlace(FakeCuda()), (1,))
+
+
+def first_stage(bundle: Bundle) -> tuple[onnx.ModelProto, StageSpec]:
+    return stage_model(1), bundle.manifest.stages[0]
+
+
+def test_an_operator_that_nothing_here_does_is_named(tmp_path: Path) -> None:
+    proto, spec = first_stage(write_bundle(tmp_path))
+    next(node for node in proto.graph.node if node.op_type == "Softmax").op_type = "Hardmax"
+    with pytest.raises(BundleError, match=r"changed\.onnx: the operator Hardmax is not known here"):
+        stage(tmp_path, proto, spec)
+
+
+def test_a_graph_that_does_not_fit_its_manifest_is_named(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    for change, message in (
+        (lambda proto, _: proto.graph.output.pop(0), "has no output `logits`"),
+        (lambda _, spec: spec.inputs.update(more=TensorSpec(dtype="uint8", shape=("B",))), "has no input `more`"),
+        (lambda _, spec: spec.inputs.pop("image"), "has an input `image` that the manifest does not name"),
+        (lambda _, spec: spec.outputs.update(logits=TensorSpec(dtype="int8", shape=("B",))), "`logits` is of int8"),
+    ):
+        proto, spec = first_stage(bundle)
+        spec = spec.model_copy(update={"inputs": dict(spec.inputs), "outputs": dict(spec.outputs)})
+        change(proto, spec)
+        with pytest.raises(BundleError, match=message):
+            stage(tmp_path, proto, spec)
+    (tmp_path / "stage1.onnx").write_bytes(b"no graph")
+    with pytest.raises(BundleError, match=r"stage1\.onnx: cannot be read as ONNX"):
+        torch_stage.TorchStage(tmp_path / "stage1.onnx", spec, HostPlace(FakeCuda()), (1,))
