@@ -88,6 +88,8 @@ class CudaPlace:
         # Partial sums of half precision products are added in float32, as the other engines do.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        # Of torch's fused attentions the one that plans, and may refuse, a graph of its own.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._streams: dict[int, tuple[torch.cuda.Stream, torch.cuda.MemPool]] = {}
         self._inside: Counter[int] = Counter()  # by stream
 
@@ -369,7 +371,7 @@ class _Graph:
             nodes.append(_Node(node.op_type, tuple(node.input), tuple(node.output), attributes))
         outputs = frozenset(value.name for value in proto.output)
         inputs = frozenset(value.name for value in proto.input) - constants.keys()
-        left = _without_constants(_joined(nodes, constants, outputs), constants)
+        left = _without_constants(_Joins(nodes, constants, outputs).nodes, constants)
         return cls(tuple(left), constants, inputs, outputs)
 
     def check(self, spec: StageSpec) -> None:
@@ -394,25 +396,84 @@ class _Graph:
         return nodes[::-1]
 
 
-def _joined(nodes: Sequence[_Node], constants: Mapping[str, Tensor], outputs: frozenset[str]) -> list[_Node]:
-    """A product with a matrix of weights and the bias that is added to it, as one operator: one kernel fewer."""
-    uses = Counter(name for node in nodes for name in node.inputs)
-    product_of = {node.outputs[0]: node for node in nodes if node.operator == "MatMul"}
-    joined: dict[int, _Node] = {}
-    dropped: set[str] = set()
-    for at, node in enumerate(nodes):
-        if node.operator != "Add":
-            continue
+class _Joins:
+    """Operators that are joined to one, each a kernel or more fewer:
+
+    - a product with a matrix of weights, and its bias
+    - a normalisation that half precision leaves for float32 and comes back from: torch's own adds in float32, too, and
+      only its weights are rounded
+    - attention in half precision whose logits nobody else wants: none of its large matrices is written
+    """
+
+    def __init__(self, nodes: Sequence[_Node], constants: dict[str, Tensor], outputs: frozenset[str]) -> None:
+        self._constants = constants
+        self._by_output = {name: node for node in nodes for name in node.outputs if name}
+        self._uses = Counter(name for node in nodes for name in node.inputs)
+        self._uses.update(outputs)
+        self._dropped: set[str] = set()
+        joined = [self._join(node) for node in nodes]
+        self.nodes = [node for node in joined if node.outputs[0] not in self._dropped]
+
+    def _join(self, node: _Node) -> _Node:
+        match node.operator:
+            case "Add":
+                return self._linear(node) or node
+            case "Cast":
+                return self._half_normalization(node) or node
+            case "MatMul":
+                return self._half_attention(node) or node
+        return node
+
+    def _for_this_alone(self, name: str, operator: str) -> _Node | None:
+        """What gives it, where it is such an operator and nobody else takes it."""
+        node = self._by_output.get(name)
+        return node if node is not None and node.operator == operator and self._uses[name] == 1 else None
+
+    def _linear(self, node: _Node) -> _Node | None:
         for name, bias in (node.inputs, node.inputs[::-1]):
-            product = product_of.get(name)
-            if product is None or uses[name] != 1 or name in outputs or bias not in constants:
+            product = self._for_this_alone(name, "MatMul")
+            weight = None if product is None else self._constants.get(product.inputs[1])
+            if product is None or weight is None or bias not in self._constants:
                 continue
-            weight = constants.get(product.inputs[1])
-            if weight is not None and weight.dim() == 2 and constants[bias].shape == weight.shape[1:]:
-                joined[at] = _Node("Linear", (*product.inputs, bias), node.outputs, {})
-                dropped.add(name)
-                break
-    return [joined.get(at, node) for at, node in enumerate(nodes) if node.outputs[0] not in dropped]
+            if weight.dim() == 2 and self._constants[bias].shape == weight.shape[1:]:
+                self._dropped.add(name)
+                return _Node("Linear", (*product.inputs, bias), node.outputs, {})
+        return None
+
+    def _half_normalization(self, node: _Node) -> _Node | None:
+        half = ONNX_DTYPES.get(node.get("to", None))
+        normalization = self._for_this_alone(node.inputs[0], "LayerNormalization")
+        if half not in (torch.float16, torch.bfloat16) or normalization is None or any(normalization.outputs[1:]):
+            return None
+        x, *weights = normalization.inputs
+        cast = self._for_this_alone(x, "Cast")
+        if cast is None or cast.get("to", None) != onnx.TensorProto.FLOAT or not set(weights) <= self._constants.keys():
+            return None
+        for name in weights:
+            self._constants[f"{name} in {half}"] = self._constants[name].to(half)
+        self._dropped |= {x, node.inputs[0]}
+        rounded = tuple(f"{name} in {half}" for name in weights)
+        attributes = {**normalization.attributes, "to": half, "exact": len(weights)}
+        return _Node("HalfLayerNormalization", (cast.inputs[0], *rounded, *weights), node.outputs, attributes)
+
+    def _half_attention(self, node: _Node) -> _Node | None:
+        softmax = self._for_this_alone(node.inputs[0], "Softmax")
+        if softmax is None or softmax.get("axis", -1) not in (-1, 3):
+            return None
+        logits, mask = softmax.inputs[0], ""
+        if (masked := self._for_this_alone(logits, "Add")) is not None:
+            logits, mask = masked.inputs
+            if self._for_this_alone(logits, "MatMul") is None:
+                logits, mask = mask, logits
+        product = self._for_this_alone(logits, "MatMul")
+        if product is None:
+            return None
+        transposed = self._by_output.get(product.inputs[1])
+        if transposed is None or transposed.operator != "Transpose" or transposed.get("perm", None) != [0, 1, 3, 2]:
+            return None
+        self._dropped |= {node.inputs[0], softmax.inputs[0], logits}
+        inputs = (product.inputs[0], transposed.inputs[0], node.inputs[1], *([mask] if mask else []))
+        return _Node("PlainAttention", inputs, node.outputs, {})
 
 
 def _without_constants(nodes: Sequence[_Node], constants: dict[str, Tensor]) -> list[_Node]:
@@ -571,6 +632,39 @@ def _layer_normalization(node: _Bound) -> Kernel:
         raise BundleError("LayerNormalization that gives its mean is not known here")
     axis, epsilon = node.get("axis", -1), node.get("epsilon", 1e-5)
     return lambda x, weight, bias=None: F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
+
+
+@_operator("HalfLayerNormalization")
+def _half_layer_normalization(node: _Bound) -> Kernel:
+    axis, epsilon, half = node.get("axis", -1), node.get("epsilon", 1e-5), node.get("to", None)
+    count = node.get("exact", 0)
+
+    def normalize(x: Tensor, *weights: Tensor) -> Tensor:
+        rounded, exact = (_weight_and_bias(part) for part in (weights[:count], weights[count:]))
+        if x.dtype is half:
+            return F.layer_norm(x, x.shape[axis:], *rounded, epsilon)
+        x = x.to(torch.float32)
+        return F.layer_norm(x, x.shape[axis:], *exact, epsilon).to(half)
+
+    return normalize
+
+
+def _weight_and_bias(given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    return given[0], given[1] if len(given) > 1 else None
+
+
+@_operator("PlainAttention")
+def _plain_attention(node: _Bound) -> Kernel:  # noqa: ARG001
+    """q, scaled already, k, v and maybe what is added to the logits -> the mixed values, (B, h, N, d)."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if q.dtype is not torch.float32:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+        # Not torch's fused kernel: on tensor cores it is less than float32.
+        logits = q @ k.transpose(-2, -1)
+        return (logits if mask is None else logits + mask).softmax(dim=-1) @ v
+
+    return attention
 
 
 @_operator("Softmax")

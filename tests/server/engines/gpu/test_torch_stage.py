@@ -177,6 +177,51 @@ def test_a_product_and_its_bias_are_one_operator(tmp_path: Path) -> None:
     assert [node.operator for node in torch_stage._Graph.read(tmp_path / "linear.onnx").nodes] == ["Linear"]
 
 
+def half_normalization() -> tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[int, ...]]:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x32"], to=TensorProto.FLOAT),
+        helper.make_node("LayerNormalization", ["x32", "w", "b"], ["n32"], epsilon=1e-4),
+        helper.make_node("Cast", ["n32"], ["y"], to=TensorProto.FLOAT16),
+    ]
+    return nodes, {"w": f32(16), "b": f32(16)}, (B, 5, 16)
+
+
+def half_attention() -> tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[int, ...]]:
+    nodes = [
+        helper.make_node("Identity", ["x"], ["k"]),
+        helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["x", "kt"], ["product"]),
+        helper.make_node("Add", ["product", "mask"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "k"], ["y"]),
+    ]
+    return nodes, {"mask": f32(B, 2, 5, 5).astype(np.float16)}, (B, 2, 5, 8)
+
+
+JOINS = {"HalfLayerNormalization": half_normalization, "PlainAttention": half_attention}
+
+
+@pytest.mark.parametrize("also", [False, True])
+@pytest.mark.parametrize("joined", JOINS)
+def test_in_half_precision_some_operators_are_one_unless_others_want_what_is_between(
+    tmp_path: Path, joined: str, also: bool
+) -> None:
+    nodes, constants, shape = JOINS[joined]()
+    between = "n32" if joined == "HalfLayerNormalization" else "logits"
+    graph = helper.make_graph(
+        nodes,
+        "half",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, shape)],
+        [helper.make_empty_tensor_value_info(name) for name in (["y", between] if also else ["y"])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    proto = onnx.shape_inference.infer_shapes(proto)
+    compare(tmp_path / "half.onnx", proto, f32(*shape).astype(np.float16), within=5e-3)
+    operators = [node.operator for node in torch_stage._Graph.read(tmp_path / "half.onnx").nodes]
+    assert (joined in operators) == (not also)
+
+
 # -- what cannot be run
 
 
