@@ -18,7 +18,7 @@ from server.engines.gpu.engine import GpuEngine
 from server.engines.gpu.stage import Context, Stage
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # finer than powers of two: a batch that shrank finds its own
-LANES = 4
+LANES = 3
 WAITING = 2048  # states that may wait
 FAKE = ROOT / "tests" / "server" / "engines" / "gpu" / "fake_cuda.py"
 

@@ -49,7 +49,7 @@ PROFILED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROFILED_SINGLE = (1, 8, 64, 128)
 PHOTOS = (1, 2, 4, 8, 16, 32, 64)  # batch sizes of the embedded model, where it is only to be right
 CANDIDATES = (64, 128, 256)  # batch sizes that contend for the best
-IN_FLIGHT = (1, 2, 3, 4)  # batches
+IN_FLIGHT = (1, 2, 3)  # batches
 ROUNDS = 3
 DISTINCT = 512  # images in turn: 77 MB at 224 pixels, so that staging them is not done from a cache
 FP32_WITHIN = 1e-4  # probabilities of two engines in fp32
@@ -258,12 +258,12 @@ def switches(bench: Bench, report: Report, model: str) -> None:
     mix = next(mix for mix in MIXES.values() if len(mix) == graphs.engine.num_stages)
     pixels = pixels_for(graphs.engine, 16 if bench.small else DISTINCT)
     large = bench.notes.get(f"best {model}", [4 if bench.small else 128])[0]
-    plain = bench.open(f"{model}-fp16", graphs=False, sizes=(8, large))
+    plain = bench.open(f"{model}-fp16", graphs=False, sizes=(8, large), lanes=2, max_slots=1024)
     contenders = {
         f"{name}, batch {size}, {lanes} in flight": ClosedLoop(opened.engine, pixels, mix, [size] * len(mix), lanes)
         for size in sorted({2 if bench.small else 8, large})
         for name, opened in (("graphs", graphs), ("no graphs", plain))
-        for lanes in IN_FLIGHT
+        for lanes in (IN_FLIGHT if opened is graphs else IN_FLIGHT[:2])
     }
     runs = in_turn(contenders, bench.seconds)
     base = f"no graphs, batch {large}, 1 in flight"
