@@ -97,11 +97,13 @@ def start(settings: Settings, dry_run: bool) -> None:
     from server.engines import load_engine
     from server.errors import BundleError, EngineUnavailable
     from server.frontend import listener
+    from server.service import check_batch_sizes
 
     # The address first: that it is taken should be said at once, not after the engine was loaded.
     with contextlib.nullcontext() if dry_run else listener.bind(settings) as socket:
         try:
             loaded = Bundle.load(settings.bundle or EMBEDDED)
+            check_batch_sizes(settings, loaded)
             engine = load_engine(
                 loaded,
                 engine=settings.engine,

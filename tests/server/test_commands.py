@@ -27,8 +27,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from server.__main__ import add, build
-from server.bundle.manifest import Preprocessing
+from server.bundle.manifest import EMBEDDED, Preprocessing
 from server.commands import hush, parse_target
+from server.engines.gpu.probe import visible_gpus
 from server.errors import BadImage, ImageTooLarge, UnsupportedMediaType
 from server.frontend import images
 
@@ -279,3 +280,19 @@ def test_without_that_they_would_not_be() -> None:
         warnings.simplefilter("always")
         images.decode(NOISY[0], None, Preprocessing(8, (8, 8)), images.ImageLimits())
     assert caught
+
+
+def test_batch_sizes_that_do_not_fit_the_model_stop_the_start_in_one_line(
+    dvt: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVT_MAX_BATCH_SIZES", "1,2")
+    status, _, said = dvt("serve", "--dry-run")
+    assert (status, said) == (2, "Error: bad setting DVT_MAX_BATCH_SIZES: 2 sizes, but the model has 3 stages\n")
+
+
+@pytest.mark.skipif(visible_gpus() > 0, reason="there is a GPU")
+@pytest.mark.parametrize("command", [["serve", "--dry-run"], ["profile", str(EMBEDDED)]])
+def test_an_engine_that_is_not_there_ends_a_command_in_one_line(dvt: Run, command: list[str]) -> None:
+    status, _, said = dvt(*command, "--engine", "torch-cuda")
+    assert status == (2 if command[0] == "serve" else 1)
+    assert said == "Error: the engine torch-cuda needs an NVIDIA GPU, and none is here; ask for --engine onnx\n"

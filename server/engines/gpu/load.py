@@ -3,15 +3,15 @@ chosen; what is missing is said in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from server.bundle.manifest import Bundle
 from server.engines.gpu.device import Device, DeviceError, OutOfDeviceMemory
 from server.engines.gpu.engine import LANES, LARGEST_BATCH, GpuEngine, batch_sizes
 from server.engines.gpu.probe import visible_gpus
 from server.engines.gpu.stage import Stage
-from server.errors import EngineUnavailable
+from server.errors import BundleError, EngineUnavailable
 
 Stages = tuple[Sequence[Stage], str]
 """And what runs them, with its version."""
@@ -25,37 +25,49 @@ def load(
     executors: int | None,
     max_slots: int,
 ) -> GpuEngine:
-    """Raises EngineUnavailable where it cannot run here, BundleError for a bundle that it cannot run."""
+    """A warm engine: what its graphs ask of the device, and whether there is memory for all of it, shows only then.
+
+    Raises EngineUnavailable where it cannot run here, BundleError for a bundle that it cannot run."""
     if not visible_gpus():
         raise EngineUnavailable(f"the engine {name} needs an NVIDIA GPU, and none is here; ask for --engine onnx")
     largest = tuple(max_batch_sizes or [LARGEST_BATCH] * len(bundle.manifest.stages))
     if len(largest) != len(bundle.manifest.stages):
         raise ValueError(f"{len(largest)} batch sizes for {len(bundle.manifest.stages)} stages")
-    device: Device | None = None
-    try:
+    with ExitStack() as opened, _saying_why(name):
         device = _device(name)
+        opened.callback(device.close)
         stages, runtime = _LOADERS[name](bundle, [batch_sizes(size) for size in largest])
-        return GpuEngine(
-            bundle,
-            device,
-            stages,
-            name=name,
-            runtime=f"{runtime}, {device.version}",
-            executors=executors or LANES,
-            max_slots=max_slots,
+        runtime = f"{runtime}, {device.version}"
+        engine = GpuEngine(
+            bundle, device, stages, name=name, runtime=runtime, executors=executors or LANES, max_slots=max_slots
         )
-    except BaseException as error:
-        if device is not None:
-            with suppress(Exception):
-                device.close()
-        if isinstance(error, OutOfDeviceMemory):
+        opened.pop_all()  # the engine closes it
+        opened.callback(engine.close)
+        engine.warm_up()
+        opened.pop_all()
+    return engine
+
+
+@contextmanager
+def _saying_why(name: str) -> Iterator[None]:
+    """What the device or its libraries refuse, as one line."""
+    try:
+        yield
+    except (EngineUnavailable, BundleError):
+        raise
+    except Exception as error:
+        if isinstance(error, OutOfDeviceMemory) or "out of memory" in str(error).lower():  # each library says so
             raise EngineUnavailable(
-                f"the engine {name} has too little memory on the GPU ({error}); lower DVT_MAX_BATCH_SIZES, "
-                "DVT_MAX_SLOTS or DVT_EXECUTORS"
+                f"the engine {name} has too little memory on the GPU ({_first_line(error)}); lower "
+                "DVT_MAX_BATCH_SIZES, DVT_MAX_SLOTS or DVT_EXECUTORS"
             ) from None
         if isinstance(error, DeviceError):
-            raise EngineUnavailable(f"the engine {name} cannot use the GPU: {error}") from None
+            raise EngineUnavailable(f"the engine {name} cannot use the GPU: {_first_line(error)}") from None
         raise
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _device(name: str) -> Device:
