@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -120,11 +121,12 @@ def finish(report: Report, options: Options) -> int:
             "broken": report.broken,
         }
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"{report.name}.json").write_text(json.dumps(document, indent=2, default=_plain) + "\n")
+        (options.out / f"{report.name}.json").write_text(json.dumps(document, indent=2, default=plain) + "\n")
     return 1 if report.broken else 0
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON knows of a number or an array."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(type(value).__name__)
@@ -151,6 +153,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def failure(error: BaseException) -> str:
+    """In one line, with the place."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 def quantile_ms(seconds: Iterable[float], q: float) -> float:
