@@ -29,7 +29,9 @@ class AnswerTime:
     """
 
     def __init__(self) -> None:
-        self._waits = Quantile(QUANTILE, start=0.002, least=0.0005, most=0.25)
+        # At first about a tick of the kernel's scheduler, for which a thread may wait where all cores are busy: only
+        # late answers tell that a value is too small, and any that it is too large.
+        self._waits = Quantile(QUANTILE, start=0.005, least=0.0005, most=0.25)
         self._first_turn = -math.inf  # when, of the answers that wait for the same
         self._longest = 0.0  # seconds, of theirs
 
