@@ -208,8 +208,9 @@ def overload(options: Options) -> Report:
             told = {key: median(outcome[key] for outcome in outcomes) for key in outcomes[0]}
             report.add(
                 f"{factor:g} times, {name}",
-                f"in time {told['in_time']:.3f}, refused {told['refused']:.3f}, degraded {told['degraded']:.3f}, "
-                f"correct in time {told['correct_in_time']:.3f}, p99 {told['p99_ms']:.1f} ms",
+                f"in time {told['in_time']:.3f}, late {told['late']:.3f}, refused {told['refused']:.3f}, "
+                f"degraded {told['degraded']:.3f}, correct in time {told['correct_in_time']:.3f}, "
+                f"p99 {told['p99_ms']:.1f} ms; p99 of the load's own delay {told['load_p99_ms']:.1f} ms",
                 **{f"x{factor:g}_{name}": told},
             )
     return report
@@ -248,10 +249,12 @@ def _outcome(shots: Sequence[Shot], labels: Sequence[Sequence[str | None]], dead
     return {
         "images": images,
         "in_time": float(in_time.mean()),  # all requests have as many images
+        "late": float(np.mean([shot.status == 200 and shot.seconds > deadline_s for shot in shots])),
         "refused": float(np.mean([shot.status != 200 for shot in shots])),
         "degraded": sum(result["degraded"] for answer in results for result in answer) / images,
         "correct_in_time": sum(map(sum, right)) / images,
         "p99_ms": float(np.quantile(latencies, 0.99)) * 1000 if latencies else float("nan"),
+        "load_p99_ms": float(np.quantile([shot.behind for shot in shots], 0.99)) * 1000,
     }
 
 

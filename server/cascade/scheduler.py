@@ -50,11 +50,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, Literal
+from itertools import chain, count
+from typing import Literal
 
-from sortedcontainers import SortedList
-
+from server.cascade.in_order import InOrder
 from server.core import Answer, Floats, ImageResult, OperatingPoint, Pixels, Slot, StageBatch, StageOutput
 from server.errors import (
     DeadlineExceeded,
@@ -166,12 +165,16 @@ class Load:
     max_slots: int
 
 
+_Entry = tuple[Priority, float, int, Image]
+"""Priority, deadline, order of admission, and the image."""
+
+
 class _Queue:
     """The images that wait for one stage: by priority, and of each priority by deadline, then order of admission."""
 
     def __init__(self) -> None:
-        # Priority, deadline, order of admission, and the image.
-        self._entries: SortedList[tuple[Any, ...]] = SortedList()
+        self._of_clients: InOrder[_Entry] = InOrder()
+        self._of_background: InOrder[_Entry] = InOrder()
         self.clients = self.background = 0  # images; kept, as they are asked for at every turn
 
     def __len__(self) -> int:
@@ -179,59 +182,68 @@ class _Queue:
 
     def deadlines(self, least: Priority) -> list[float]:
         """Of the images of this priority or a higher one, in no order."""
-        entries = self._entries
-        return [entry[1] for entry in entries.islice(0, entries.bisect_left((least + 1,)))]
+        entries = chain(self._of_clients, self._of_background)
+        return [deadline for priority, deadline, _, _ in entries if priority <= least]
 
     def push(self, image: Image) -> None:
         image.queued = True
-        self._entries.add(_entry(image))
-        self._count(image.request.priority, 1)
+        if image.request.priority == BACKGROUND:
+            self._of_background.add(_entry(image))
+            self.background += 1
+        else:
+            self._of_clients.add(_entry(image))
+            self.clients += 1
 
     def remove(self, image: Image) -> None:
         image.queued = False
-        self._entries.remove(_entry(image))
-        self._count(image.request.priority, -1)
-
-    def _count(self, priority: Priority, images: int) -> None:
-        if priority == BACKGROUND:
-            self.background += images
+        if image.request.priority == BACKGROUND:
+            self._of_background.remove(_entry(image))
+            self.background -= 1
         else:
-            self.clients += images
+            self._of_clients.remove(_entry(image))
+            self.clients -= 1
 
     def before(self, priority: Priority, deadline: float) -> int:
         """Images that go before one of this priority and deadline that comes now."""
-        return self._entries.bisect_left((priority, deadline, math.inf))
+        place = (priority, deadline, math.inf)
+        if priority == BACKGROUND:
+            return self.clients + self._of_background.seek(place)[0]
+        return self._of_clients.seek(place)[0]
 
     def take(self, size: int, *, background: bool) -> tuple[Image, ...]:
         """At most so many, in order; either BACKGROUND or the others."""
-        at, most = (self.clients, self.background) if background else (0, self.clients)
-        images = tuple(self._entries.pop(at)[3] for _ in range(min(size, most)))
+        if background:
+            images = tuple([entry[3] for entry in self._of_background.take(size)])
+            self.background -= len(images)
+        else:
+            images = tuple([entry[3] for entry in self._of_clients.take(size)])
+            self.clients -= len(images)
         for image in images:
             image.queued = False
-        self._count(BACKGROUND if background else NORMAL, -len(images))
         return images
 
     def view(self, limit: int) -> StageView:
-        waiting = self.clients
-        if not waiting:
+        head = self._of_clients.first
+        if head is None:
             return StageView(0, 0, math.inf, math.inf)
-        head = self._entries[0][3]
-        return StageView(min(waiting, limit), waiting, head.since, head.request.deadline)
+        waiting = self.clients
+        return StageView(min(waiting, limit), waiting, head[3].since, head[1])
 
     def heads(self) -> Iterator[tuple[int, Image]]:
         """The earliest deadline of each priority but BACKGROUND, and how many images go before it."""
-        at, entries = 0, self._entries
-        while at < len(entries) and entries[at][0] < BACKGROUND:
-            yield at, entries[at][3]
-            at = entries.bisect_left((entries[at][0] + 1,))
+        at, head = 0, self._of_clients.first
+        while head is not None:
+            yield at, head[3]
+            at, head = self._of_clients.seek((head[0] + 1,))
 
     def clients_backwards(self) -> Iterator[Image]:
         """From the one that would be the last to run; not BACKGROUND."""
-        return (entry[3] for entry in self._entries.islice(0, self.clients, reverse=True))
+        return (entry[3] for entry in reversed(self._of_clients))
 
 
-def _entry(image: Image) -> tuple[Any, ...]:
-    return image.request.priority, image.request.deadline, image.order, image
+def _entry(image: Image) -> _Entry:
+    request = image.request
+    return request.priority, request.deadline, image.order, image
 
 
 class Scheduler:
@@ -266,7 +278,7 @@ class Scheduler:
         self._queues = tuple(_Queue() for _ in max_batch_sizes)
         self._running = [0] * len(max_batch_sizes)
         # All that are not settled, by deadline.
-        self._requests: SortedList[tuple[float, int, Request]] = SortedList()
+        self._requests: InOrder[tuple[float, int, Request]] = InOrder()
         self._orders = count()
         self._credit = 0.0  # seconds that BACKGROUND may take from others; below 0 what it owes them
         self._doubted = [math.inf] * len(max_batch_sizes)  # when a stage first refused, of those since its last batch
@@ -297,7 +309,8 @@ class Scheduler:
 
     def next_deadline(self) -> float | None:
         """When `expire` will next have something to do."""
-        return self._requests[0][0] if self._requests else None
+        first = self._requests.first
+        return None if first is None else first[0]
 
     def check(self, point: OperatingPoint) -> None:
         """Raises ValueError for a point that does not fit this cascade."""
@@ -353,7 +366,7 @@ class Scheduler:
             order=order,
             priority=priority,
         )
-        request.images = tuple(Image(request, next(self._orders), one, since=now) for one in pixels)
+        request.images = tuple([Image(request, next(self._orders), one, since=now) for one in pixels])
         for image in request.images:
             self._queues[0].push(image)
         self._requests.add((deadline, order, request))
@@ -434,10 +447,9 @@ class Scheduler:
     def expire(self, now: float) -> Outcome:
         """Settle every request whose deadline has come, and what could not meet it any more."""
         outcome = Outcome()
-        while self._requests and self._requests[0][0] <= now:
-            request = self._requests[0][2]
+        while (first := self._requests.first) is not None and first[0] <= now:
             error = DeadlineExceeded("the deadline passed before every image had reached an exit")
-            self._cut_short(request, error, "deadline", now, outcome)
+            self._cut_short(first[2], error, "deadline", now, outcome)
         if self._seconds is not None:
             for stage, limit in enumerate(self._limits(), start=1):
                 while late := self._late(stage, limit, now):
@@ -524,7 +536,7 @@ class Scheduler:
 
     def _answer_if_complete(self, request: Request, now: float, outcome: Outcome) -> None:
         if request.undecided == 0:
-            results = tuple(image.result for image in request.images if image.result is not None)
+            results = tuple([image.result for image in request.images if image.result is not None])
             # What a timer that rang late has cost belongs to the answer's way, not to the request's time.
             request.answer = Answer(request.point, results, min(now, request.deadline))
             self._settle(request, outcome)
@@ -562,7 +574,7 @@ class Scheduler:
     def _settle(self, request: Request, outcome: Outcome) -> None:
         request.settled = True
         request.images = ()  # a cycle would keep the pixels until some garbage collection
-        self._requests.discard((request.deadline, request.order, request))
+        self._requests.remove((request.deadline, request.order, request))
         outcome.settled.append(request)
 
     # -- background work
@@ -620,17 +632,19 @@ class Scheduler:
         """The requests that have to go for so many images of this priority: of lower priority, the lowest and last
         first; none of which an image has run. None where even that would make no room."""
         background = priority == BACKGROUND
-        waiting = sum(queue.background if background else queue.clients for queue in self._queues)
+        waiting = sum([queue.background if background else queue.clients for queue in self._queues])
         room = self._max_queued_images if priority < LOW or not waiting else self._max_queued_images // 2
-        excess, looked_at = waiting + size - room, dict[Request, bool]()  # whether it goes
-        if excess > 0:
-            for image in self._queues[0].clients_backwards():
-                request = image.request
-                if request.priority <= priority or excess <= 0:
-                    break
-                if request not in looked_at:
-                    looked_at[request] = all(one.queued and one.stage == 1 for one in request.images)
-                    excess -= request.size * looked_at[request]
+        excess = waiting + size - room
+        if excess <= 0:  # as a rule
+            return []
+        looked_at: dict[Request, bool] = {}  # whether it goes
+        for image in self._queues[0].clients_backwards():
+            request = image.request
+            if request.priority <= priority or excess <= 0:
+                break
+            if request not in looked_at:
+                looked_at[request] = all(one.queued and one.stage == 1 for one in request.images)
+                excess -= request.size * looked_at[request]
         return [request for request, goes in looked_at.items() if goes] if excess <= 0 else None
 
     def _refuse_hopeless(self, size: int, priority: Priority, deadline: float, now: float) -> None:

@@ -25,14 +25,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -69,7 +68,9 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # RFC 9110, 7.2 and RFC 3986, 3.2.2: a name, an IPv4 or an IPv6 address, and a port.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?\Z")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)\Z", re.IGNORECASE)
-_CLOSE_WAIT = 8  # of Linux's tcp_info: the other side has sent all that it will
+# Of Linux's tcp_info.
+_CLOSE_WAIT = 8  # the other side has sent all that it will
+_LAST_RECEIVED = slice(52, 56)  # milliseconds since bytes came, to a tick of the kernel's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,6 +393,10 @@ class Connection(asyncio.Protocol):
 
     def in_turn(self, step: Callable[[], None]) -> None:
         self._connections.in_turn(step)
+
+    def waited_s(self) -> float:
+        """How long what has come was there before we came to it. Who pipelines waits for its turn, which is no part."""
+        return 0.0 if self._pipelines else _since_last_byte(self.transport)
 
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():
@@ -794,7 +799,7 @@ def _scope_of(
         "raw_path": raw_path,
         "query_string": query,
         "headers": headers,
-        "state": connection.app_state.copy(),
+        "state": {**connection.app_state, "waited_s": connection.waited_s},
     }
 
 
@@ -813,6 +818,18 @@ def _has_sent_its_end(transport: asyncio.Transport) -> bool:
         return False
 
 
+def _since_last_byte(transport: asyncio.Transport) -> float:
+    """Seconds since the kernel was given the last of the client's bytes; 0 where nobody knows. Only Linux tells."""
+    if sys.platform != "linux" or transport.is_closing():
+        return 0.0
+    try:
+        with _own_socket(transport) as same:
+            info = same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_RECEIVED.stop)
+    except OSError:
+        return 0.0
+    return int.from_bytes(info[_LAST_RECEIVED], sys.byteorder) / 1000
+
+
 def _holds_unsent(transport: asyncio.Transport) -> bool:
     """Whether the client has not taken what the kernel has for it. Only Linux tells."""
     if sys.platform != "linux" or transport.is_closing():
@@ -827,9 +844,15 @@ def _holds_unsent(transport: asyncio.Transport) -> bool:
         return False
 
 
-def _own_socket(transport: asyncio.Transport) -> socket.socket:
+@contextmanager
+def _own_socket(transport: asyncio.Transport) -> Iterator[socket.socket]:
     """The transport's, in a wrapper of our own: the loop hands out one without options. Raises OSError."""
     found = transport.get_extra_info("socket")
-    if found is None:  # it is closed
+    if found is None or (descriptor := found.fileno()) < 0:  # it is closed
         raise OSError
-    return socket.socket(fileno=os.dup(found.fileno()))
+    # The family makes no difference to options; to find it out takes the kernel longer than they do.
+    same = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=descriptor)
+    try:
+        yield same
+    finally:
+        same.detach()  # the transport closes it

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.engines.fake import FakeEngine
-from server.frontend.answer_time import AnswerTime
+from server.frontend.answer_time import TICK_S, AnswerTime
 
 
 def tell(answers: AnswerTime, waits: Iterable[float], since: float = 0.0) -> None:
@@ -37,8 +39,8 @@ def test_it_moves_within_bounds_and_takes_at_most_half_of_a_requests_time() -> N
     answers = AnswerTime()
     tell(answers, [60.0] * 1000)
     assert answers.seconds == pytest.approx(0.25)
-    assert answers.within(1.0) == pytest.approx(0.75)
-    assert answers.within(0.1) == pytest.approx(0.05)
+    assert answers.within(1.0, 0.0) == pytest.approx(0.75)
+    assert answers.within(0.1, 0.0) == pytest.approx(0.05)
     tell(answers, [0.0] * 20_000, since=1_000_000.0)
     assert answers.seconds == pytest.approx(0.0005)
 
@@ -59,6 +61,33 @@ def test_answers_of_one_batch_count_by_the_last_of_them() -> None:
         for row in range(32):
             answers.observe(float(batch), batch + 0.0003 * (row + 1))
     assert answers.seconds == pytest.approx(0.0096, rel=0.15)
+
+
+def test_what_a_client_has_waited_is_no_longer_left() -> None:
+    answers = AnswerTime()
+    tell(answers, [0.0] * 20_000)
+    assert answers.within(0.2, 0.05) == pytest.approx(0.15 - answers.seconds)
+    assert answers.within(0.2, 0.2 + TICK_S) <= 0
+
+
+seconds = st.floats(0.0001, 100.0)
+
+
+@given(timeout_s=seconds, waited_s=st.floats(0.0, 100.0), more_s=seconds, wait=st.sampled_from([0.0, 0.003, 60.0]))
+def test_a_short_timeout_is_not_eaten_up_by_what_may_be_wrong(
+    timeout_s: float, waited_s: float, more_s: float, wait: float
+) -> None:
+    answers = AnswerTime()
+    tell(answers, [wait] * 100)
+    within = answers.within(timeout_s, waited_s)
+    assert answers.within(timeout_s, waited_s + more_s) <= within <= timeout_s
+    surely_left = timeout_s - max(0.0, waited_s - TICK_S)
+    if surely_left > 0:
+        assert within >= 0.5 * surely_left
+        if 0.5 * surely_left >= TICK_S + answers.seconds:  # there is enough: all of both ways is taken
+            assert within == pytest.approx(timeout_s - waited_s - answers.seconds)
+    else:
+        assert within <= 0
 
 
 async def test_a_request_is_decided_before_its_clients_time_is_over(

@@ -7,6 +7,7 @@ import errno
 import json
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from server.app import create_app
 from server.engines.fake import FakeEngine
 from server.frontend import connection as module
+from server.frontend.answer_time import TICK_S
 from server.frontend.connection import Connections
 from server.frontend.framing import MAX_HEADERS
 from server.settings import Settings, SettingsError
@@ -425,6 +427,54 @@ class TestNumber:
             line.writer.write(many)
             for number in range(2000):
                 assert (await line.answer()).headers["x-request-id"] == str(number)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long bytes have waited")
+class TestTheWayIn:
+    """A client's time begins when it asks. The loop stands still on purpose: what comes waits in the kernel."""
+
+    async def test_a_request_that_waited_to_be_read_has_less_time_left(
+        self, listening: Any, engine: FakeEngine, photo: Photo
+    ) -> None:
+        async with listening() as here:
+            engine.gates[2].clear()
+            with socket.create_connection(("127.0.0.1", here.port)) as client:
+                await here.turn()
+                client.sendall(post(photo(10, 10, 255), path=b"/classify?timeout_ms=2000"))
+                asked = here.service.clock()
+                time.sleep(0.2)
+                while (deadline := here.service.scheduler.next_deadline()) is None:
+                    await asyncio.sleep(0)
+                assert deadline <= asked + 2.0 + TICK_S
+                engine.open_gates()
+
+    async def test_one_whose_time_is_over_costs_nothing(self, listening: Any, engine: FakeEngine, photo: Photo) -> None:
+        async with listening() as here:
+            line = await here.connect()
+            with socket.create_connection(("127.0.0.1", here.port)) as client:
+                await here.turn()
+                client.sendall(post(photo(255), path=b"/classify?timeout_ms=100"))
+                time.sleep(0.2)
+                line.writer.write(GET)
+                await line.answer()
+                client.setblocking(False)
+                head = await asyncio.get_running_loop().sock_recv(client, 4096)
+            assert head.startswith(b"HTTP/1.1 504")
+            assert b'"deadline_exceeded"' in head
+            assert not engine.batches
+
+    async def test_who_pipelines_has_its_time_from_its_turn_on(
+        self, listening: Any, engine: FakeEngine, photo: Photo
+    ) -> None:
+        async with listening() as here:
+            engine.gates[1].clear()
+            line = await here.connect()
+            line.writer.write(post(photo(255)) + post(photo(255), path=b"/classify?timeout_ms=500"))
+            await line.writer.drain()
+            await asyncio.to_thread(engine.began.acquire)
+            time.sleep(0.6)
+            engine.open_gates()
+            assert [(await line.answer()).status for _ in range(2)] == [200, 200]
 
 
 class TestHangUps:
