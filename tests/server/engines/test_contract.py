@@ -1,5 +1,5 @@
-"""What every engine promises (`core.Engine`): FakeEngine; and, on three small hand-made stages whose state is in fp32 or
-half, ONNX Runtime and the GPU engine, its stages by torch, on a device that is none."""
+"""What every engine promises (`core.Engine`): FakeEngine; and, on three small stages whose state is in fp32 or in half,
+ONNX Runtime and the GPU engine, its stages by torch, on a device that is none."""
 
 from __future__ import annotations
 
