@@ -257,7 +257,7 @@ def test_warming_up_leaves_nothing_held(engine: Engine):
 def test_batch_sizes_follow_from_the_tokens_unless_they_are_set(bundle: Bundle):
     assert load_engine(bundle).max_batch_sizes == (16, 16, 16)
     assert load_engine(bundle, max_batch_sizes=(3, 2, 1)).max_batch_sizes == (3, 2, 1)
-    assert [largest_batch_that_pays(tokens) for tokens in (17, 50, 101, 197)] == [16, 4, 4, 2]
+    assert [largest_batch_that_pays(tokens) for tokens in (17, 50, 101, 197)] == [16, 4, 2, 2]
     with pytest.raises(ValueError, match="batch sizes"):
         load_engine(bundle, max_batch_sizes=(3, 2))
 
