@@ -80,7 +80,7 @@ class Card:
         return torch.randint(0, 256, (count,), dtype=torch.uint8, device=self.device)
 
     def graph(self, work: Work) -> Work:
-        """The work, recorded into a graph; on a CPU the work itself."""
+        """The work, recorded into a graph, with what it works on; on a CPU the work itself."""
         work()  # what is made at the first call is made outside of the graph
         self.synchronize()
         if not self.cuda:
@@ -88,7 +88,11 @@ class Card:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
-        return graph.replay
+
+        def replay(_: Work = work) -> None:
+            graph.replay()
+
+        return replay
 
     def sample_ms(self, work: Work, calls: int) -> float:
         """Milliseconds a call, of so many in a row."""

@@ -87,7 +87,8 @@ class AxisRelations(nn.Module):
         """The bias of one layer, (B, h, N, N)."""
         h, N = self.num_heads, len(self.upsample)
         G, g = self.axis.shape
-        own = mixed[:, layer * h : (layer + 1) * h] @ self.upsample.T  # (B, h, n+1, N)
-        rows = self.axis @ own[:, :, 1:].reshape(-1, h, g, g * N)
-        grid = self.axis @ rows.reshape(-1, h, G, g, N)  # (B, h, G, G, N)
-        return torch.cat((own[:, :, :1], grid.reshape(-1, h, G * G, N)), dim=2)
+        own = mixed[:, layer * h : (layer + 1) * h]
+        class_row, rows = (part @ self.upsample.T for part in (own[:, :, :1], own[:, :, 1:]))  # (B, h, 1 and n, N)
+        rows = self.axis @ rows.reshape(-1, h, g, g * N)
+        rows = self.axis @ rows.reshape(-1, h, G, g, N)  # (B, h, G, G, N)
+        return torch.cat((class_row, rows.reshape(-1, h, G * G, N)), dim=2)

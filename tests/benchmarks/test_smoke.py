@@ -131,6 +131,17 @@ def test_savings_change_no_logits(run: Run) -> None:
     assert figures["stage3_batch1_class_row_ratio"] > 0
 
 
+def test_stages_are_held_against_what_a_core_can_multiply(run: Run, micro_bundle: Path) -> None:
+    older = micro_bundle.parent
+    assert micro_bundle.name == "micro"
+    figures = run("cpu_peak", "--variants", "micro", "--rounds", "2", "--before", str(older))["figures"]
+    for which in ("before", "now"):
+        assert 0 < figures[f"micro_stage3_threads2_{which}_of_peak"] < 1
+        assert figures[f"micro_threads1_{which}_images_s"] > 0
+        assert 10 < figures[f"micro_{which}_resident_mb"] < 1000
+    assert figures["micro_logits"] <= 1e-4
+
+
 def test_solvers_are_compared_and_none_beats_the_exact_one(run: Run) -> None:
     figures = run("solvers", "--sizes", "400")["figures"]
     for name in ("logged", "synthetic_400"):

@@ -230,7 +230,7 @@ def test_it_is_what_a_machine_without_a_gpu_gets(bundle: Bundle):
 def test_batch_sizes_follow_from_the_tokens_unless_they_are_set(bundle: Bundle):
     assert OnnxEngine(bundle).max_batch_sizes == (16, 16, 16)
     assert OnnxEngine(bundle, max_batch_sizes=(3, 2, 1)).max_batch_sizes == (3, 2, 1)
-    assert [largest_batch_that_pays(tokens) for tokens in (17, 50, 101, 197)] == [16, 8, 4, 2]
+    assert [largest_batch_that_pays(tokens) for tokens in (17, 50, 101, 197)] == [16, 4, 2, 2]
     with pytest.raises(ValueError, match="batch sizes"):
         OnnxEngine(bundle, max_batch_sizes=(3, 2))
 

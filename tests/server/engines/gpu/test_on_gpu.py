@@ -166,7 +166,11 @@ def test_torch_sees_the_memory_itself(buffers: Buffers, dtype: torch.dtype) -> N
     assert tensor.data_ptr() == address
     assert (tensor.dtype, tuple(tensor.shape)) == (dtype, (2, 16))
     place.enter(buffers.stream)
-    place.run(buffers.stream, lambda: tensor.fill_(3))
+
+    def fill() -> None:
+        tensor.fill_(3)
+
+    place.run(buffers.stream, fill)
     found = torch.from_numpy(buffers.get(address, data)).view(dtype)
     assert found[:32].tolist() == [3] * 32
     place.leave(buffers.stream)
