@@ -4,7 +4,8 @@
 
 No GPU is needed: PyTorch runs the very modules that are exported, on the CPU, with tensors that really are in half. In
 fp16 the exported graphs are run by ONNX Runtime, too, which computes in fp32 between its operators on CPUs: what a
-calibration on a CPU sees of such a bundle.
+calibration on a CPU sees of such a bundle. And once with its fp32 part in TF32, which GPU runtimes allow themselves
+unless they are told not to: here by rounding what products and convolutions are given.
 
 Every precision has a frontier of its own, solved on the held-out slice of the first folder and judged on the second.
 Next to it, exits are compared at one and the same thresholds, fp32's. A model with seeded weights then shows what the
@@ -23,7 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.harness import RESULTS, Report, command_line, finish
 from benchmarks.photos import photo
@@ -114,6 +119,9 @@ def _judge(report: Report, model: DVT, solving: Sequence[Example], judging: Sequ
             name = f"{precision}: exits changed at fp32's thresholds for {share:.0%}"
             report.add(name, f"{changed} of {len(judging)}", **{f"{precision}_exits_changed_{share:.0%}": changed})
         if precision == "fp16":
+            with TF32():
+                rounded = _in_modules(graphs, images["judging"])
+            _add_differences(report, "fp16 with TF32", plain["judging"], rounded)
             here = _in_runtime(graphs, images["judging"])
             _add_differences(report, "fp16 in ONNX Runtime", plain["judging"], here)
             gap = float(np.abs(here.confidence - said["judging"].confidence).max())
@@ -199,6 +207,23 @@ def extremes(size: int) -> Images:
     images[5] = rng.integers(0, 256, images[5].shape)
     images[6] = rng.integers(0, 2, images[6].shape) * 255
     return images
+
+
+class TF32(TorchFunctionMode):
+    """Matrix products and convolutions of fp32 are given numbers with 10 bits behind the leading one."""
+
+    FUNCTIONS = (F.linear, torch.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function in self.FUNCTIONS:
+            args = (_rounded(args[0]), _rounded(args[1]), *args[2:])
+        return function(*args, **(kwargs or {}))
+
+
+def _rounded(x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        return x
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

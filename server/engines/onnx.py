@@ -1,7 +1,8 @@
 """ONNX Runtime on the CPU: one session per stage, shared by all executor threads, each run on one core.
 
 One single-threaded run per core beats one run over all cores: small matrices leave little to split, and nobody waits
-for the slowest thread. A stage is bitwise equal at every batch size, so batching never changes an answer.
+for the slowest thread. A stage in fp32 is bitwise equal at every batch size, so batching never changes an answer. One
+in fp16, which is for calibrating without a GPU, need not be.
 
 State between stages: what the next stage takes besides the image, copied row by row out of the batch's output when the
 row survives. A view would save that copy (1-2 % of a stage's time), but the runtime's outputs lie in its arena, and a
@@ -53,7 +54,7 @@ class OnnxEngine:
     """Owns the sessions and the reuse state. See `core.Engine` for the contract.
 
     Raises BundleError, naming the file, for a stage that cannot be loaded or does not fit its manifest, and for a
-    bundle in bf16. One in fp16 runs, but no faster than in fp32.
+    bundle in bf16. One in fp16 runs, no faster than in fp32.
     """
 
     name = "onnx"

@@ -221,6 +221,7 @@ def test_half_precision_is_held_against_fp32(image_folder: Path, micro_checkpoin
     assert figures["judging"] == 160
     assert 0 < max(figures["fp16_confidence_largest"]) < max(figures["bf16_confidence_largest"]) < 0.1
     assert max(figures["fp16_in_ONNX_Runtime_confidence_largest"]) < 0.01
+    assert figures["fp16_with_TF32_confidence_largest"] != figures["fp16_confidence_largest"]
     assert figures["fp16_area"] == pytest.approx(figures["fp32_area"], abs=0.05)
     assert 0 < max(figures["micro_fp16_logits_largest"]) < max(figures["micro_bf16_logits_largest"])
     assert figures["micro_fp16_wrong"] == figures["micro_bf16_wrong"] == 0
