@@ -30,6 +30,7 @@ from server.engines.onnx import open_session
 from server.errors import BundleError
 from tests.conftest import CLASSES, HELD_OUT
 
+ON_CPU = ("--engine", "onnx")  # a bundle in half is for GPUs: elsewhere the engine has to be named
 HALVES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,7 +49,7 @@ def fp16(micro_checkpoint: Path, image_folder: Path, tmp_path_factory: pytest.Te
     path = tmp_path_factory.mktemp("bundles") / "fp16"
     ran = CliRunner().invoke(build(), ["export", str(micro_checkpoint), str(path), "--precision", "fp16"])
     assert ran.exit_code == 0, ran.output
-    ran = CliRunner().invoke(build(), ["calibrate", str(path), str(image_folder), "--held-out", str(HELD_OUT)])
+    ran = CliRunner().invoke(build(), ["calibrate", str(path), str(image_folder), "--held-out", str(HELD_OUT), *ON_CPU])
     assert ran.exit_code == 0, ran.output
     return path
 
@@ -142,7 +143,7 @@ def test_fp16_is_calibrated_and_evaluated_on_a_cpu(fp16: Path, micro_bundle: Pat
     assert "/fp16/" in bundle.frontier.key
     reports = []
     for path in (fp16, micro_bundle):
-        ran = CliRunner().invoke(build(), ["evaluate", str(path), str(image_folder), "--json"])
+        ran = CliRunner().invoke(build(), ["evaluate", str(path), str(image_folder), "--json", *ON_CPU])
         assert ran.exit_code == 0, ran.output
         reports.append(json.loads(ran.stdout))
     assert reports[0]["exit_accuracy"] == pytest.approx(reports[1]["exit_accuracy"], abs=3 / 160)
@@ -150,7 +151,7 @@ def test_fp16_is_calibrated_and_evaluated_on_a_cpu(fp16: Path, micro_bundle: Pat
 
 
 def test_fp16_is_profiled_on_a_cpu(fp16: Path):
-    ran = CliRunner().invoke(build(), ["profile", str(fp16), "--seconds", "1", "--json"])
+    ran = CliRunner().invoke(build(), ["profile", str(fp16), "--seconds", "1", "--json", *ON_CPU])
     assert ran.exit_code == 0, ran.output
     profile = Bundle.load(fp16).profile
     assert profile is not None
@@ -184,10 +185,10 @@ def test_bf16_is_refused_on_a_cpu_in_one_line_that_says_what_to_do(bf16: Bundle,
     assert state == {"image": "uint8", "features_1": "bfloat16", "relations_1": "bfloat16"}
     line = "is in bf16, which ONNX Runtime does not run on CPUs; run it on a GPU, or export it again with --precision"
     with pytest.raises(BundleError, match=line):
-        load_engine(bf16)
+        load_engine(bf16, engine="onnx")
     np.save(tmp_path / "x.npy", np.zeros((1, 3, 48, 48), np.float32))
     inputs = ["--inputs", str(tmp_path / "x.npy"), "--logits", str(tmp_path / "y.npy")]
-    for arguments in (["calibrate", str(bf16.path), str(image_folder)], ["evaluate", str(bf16.path), *inputs]):
+    for arguments in (["calibrate", str(bf16.path), str(image_folder), *ON_CPU], ["evaluate", str(bf16.path), *inputs]):
         with pytest.raises(click.ClickException) as refused:
             CliRunner().invoke(build(), arguments, catch_exceptions=False, standalone_mode=False)
         assert line in refused.value.message
