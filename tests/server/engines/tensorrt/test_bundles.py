@@ -9,12 +9,13 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.bundle.manifest import Bundle
+from server.bundle.manifest import EMBEDDED, Bundle
 from server.engines.gpu.stage import Stage
 from server.engines.tensorrt.bundles import StagePlan, build_plans, choose, open_tensorrt_stages, plans_path
 from server.engines.tensorrt.gpus import Gpu
@@ -269,11 +270,30 @@ def test_a_cache_is_named_in_what_to_run(bundle: Bundle, trt: FakeTensorRT, tmp_
         open_stages(bundle, trt, cache=tmp_path / "my cache")
 
 
+def test_a_bundle_for_cpus_is_refused_before_anything_is_looked_for(dvt: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, err = dvt("build", str(EMBEDDED))
+    assert (status, out) == (1, "")
+    assert err == (
+        f"Error: {EMBEDDED}: TensorRT runs half precision, and this bundle is fp32; "
+        "export one for it: dvt export --precision fp16 (or bf16)\n"
+    )
+
+
+def test_where_no_tensorrt_is_installed_the_command_says_what_to_install(
+    bundle: Bundle, dvt: Callable[..., tuple[int, str, str]]
+) -> None:
+    for module, package in (("tensorrt", "'dvt-serve[gpu-trt]'"), ("tensorrt_rtx", "tensorrt-rtx")):
+        if find_spec(module) is None:
+            status, out, err = dvt("build", str(bundle.path), "--runtime", module)
+            assert (status, out) == (1, "")
+            assert err == f"Error: no TensorRT: No module named '{module}'; install it: pip install {package}\n"
+
+
 # --- other processes --------------------------------------------------------------------------------------------------
 
 BUILDER = """
     import os, resource, signal, sys
-    from server.bundle.manifest import Bundle
+    from server.bundle.manifest import EMBEDDED, Bundle
     from server.engines.tensorrt.bundles import build_plans, choose
     from server.errors import BundleError
     from tests.server.engines.tensorrt.fake_tensorrt import FakeTensorRT

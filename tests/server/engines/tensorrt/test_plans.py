@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engines.tensorrt.plans import Choices, Origin, PlanFolder, Record, Unfit, folder_name, key_of
@@ -138,6 +138,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlanFo
         yield folder, folder.publish(ORIGIN, CHOICES, PLAN, seconds=1)
 
 
+@settings(max_examples=50)
 @given(at=st.integers(0, len(PLAN) - 1), by=st.integers(1, 255))
 def test_a_plan_with_any_byte_changed_is_refused(published: tuple[PlanFolder, Record], at: int, by: int) -> None:
     folder, record = published
@@ -155,6 +156,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(content=st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_a_record_of_nonsense_is_refused(published: tuple[PlanFolder, Record], content: bytes) -> None:
     folder, _ = published
@@ -162,6 +164,7 @@ def test_a_record_of_nonsense_is_refused(published: tuple[PlanFolder, Record], c
     refusal(folder)
 
 
+@settings(max_examples=50)
 @given(field=st.sampled_from([*Record.model_fields, "more"]), value=JSON)
 def test_a_record_with_any_field_changed_is_refused(
     published: tuple[PlanFolder, Record], field: str, value: Any
