@@ -193,7 +193,6 @@ def build(
     workspace_mib: Annotated[
         int | None, typer.Option(min=1, help="Most memory that a kernel may use.  [default: the GPU's]")
     ] = None,
-    gpu: Annotated[int, typer.Option(min=0, help="Number of the GPU, as CUDA counts.")] = 0,
     runtime: Annotated[
         str | None, typer.Option(metavar="tensorrt|tensorrt_rtx", help="By default what is installed, in this order.")
     ] = None,
@@ -205,6 +204,8 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")] = False,
 ) -> None:
     """Build the TensorRT engines of BUNDLE for the GPU at hand; what is there and fits is left alone.
+
+    Of several GPUs it is the first one; CUDA_VISIBLE_DEVICES says which that is.
 
     \b
     Examples:
@@ -233,7 +234,7 @@ def build(
         if target and not api.is_rtx(trt):
             raise click.UsageError("--target goes with --runtime tensorrt_rtx: TensorRT builds for the GPU at hand")
         try:
-            of = Gpu.of_capability(target) if target else find_gpu(gpu)
+            gpu = Gpu.of_capability(target) if target else find_gpu()
         except ValueError as error:
             raise click.UsageError(str(error)) from None
         with tqdm(
@@ -251,12 +252,12 @@ def build(
                     click.echo("Another process builds in the same folder; waiting for it", err=True)
 
             plans = bundles.build_plans(
-                loaded, trt=trt, gpu=of, choices=choices, cache=cache, force=force, progress=progress, waiting=waiting
+                loaded, trt=trt, gpu=gpu, choices=choices, cache=cache, force=force, progress=progress, waiting=waiting
             )
     except ModuleNotFoundError as error:
         package = "tensorrt-rtx" if error.name == "tensorrt_rtx" else "'dvt-serve[gpu-trt]'"
         raise click.ClickException(f"no TensorRT: {error}; install it: pip install {package}") from None
-    summary = bundles.summary(loaded, trt, of, choices, plans)
+    summary = bundles.summary(loaded, trt, gpu, choices, plans)
     click.echo(json.dumps(summary) if as_json else bundles.as_table(summary))
 
 

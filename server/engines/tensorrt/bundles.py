@@ -8,7 +8,8 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from server.engines.tensorrt.api import TensorRT, import_tensorrt, is_rtx
 from server.engines.tensorrt.gpus import Gpu, find_gpu
 from server.engines.tensorrt.network import FLAGS, BuildFailed, Built, build_plan, logger_of
 from server.engines.tensorrt.plans import Choices, Origin, PlanFolder, Record, Unfit, folder_name
-from server.engines.tensorrt.stage import TensorRTStage
+from server.engines.tensorrt.stage import TensorRTStage, last_error
 from server.errors import BundleError
 
 log = logging.getLogger(__name__)
@@ -74,31 +75,41 @@ def build_plans(
     """
     check_precision(bundle)
     path = plans_path(bundle, trt, gpu, cache)
-    plans = []
+    origins = [origin_of(bundle, number, trt, gpu) for number in range(1, len(bundle.manifest.stages) + 1)]
+    # Where all is there nobody waits for who builds, and nothing is written: the folder may be read-only.
+    if not force and path.is_dir():
+        with suppress(Unfit), PlanFolder(path) as folder:
+            return [_there(path, folder.read(origin, choices)[0]) for origin in origins]
     try:
         folder = PlanFolder(path, create=True)
     except BundleError as error:
         raise BundleError(f"{error}; plans can be put elsewhere: --cache, or DVT_ENGINE_DIR") from None
+    plans = []
     with folder, folder.locked(waiting):
-        for number in range(1, len(bundle.manifest.stages) + 1):
-            origin, why = origin_of(bundle, number, trt, gpu), "asked for" if force else None
+        for done, origin in enumerate(origins):
+            why = "asked for" if force else None
             try:
-                record, _ = folder.read(origin, choices)
+                plan = _there(path, folder.read(origin, choices)[0])
             except Unfit as error:
                 why = why or str(error)
             if why is not None:
 
-                def tell(part: float, before: int = number - 1) -> None:
-                    progress(before + part)
+                def tell(part: float, done: int = done) -> None:
+                    progress(done + part)
 
                 with_these = choices or choose()
                 built = _build(bundle, origin, trt, gpu, with_these, folder.timings(), tell)
                 record = folder.publish(origin, with_these, built.plan, built.seconds)
                 if built.timing_cache:
                     folder.publish_timings(built.timing_cache)
-            plans.append(StagePlan(number, path / f"stage{number}.plan", record, why))
-            progress(number)
+                plan = replace(_there(path, record), why=why)
+            plans.append(plan)
+            progress(done + 1)
     return plans
+
+
+def _there(path: Path, record: Record) -> StagePlan:
+    return StagePlan(record.origin.stage, path / f"stage{record.origin.stage}.plan", record, None)
 
 
 def _build(
@@ -137,15 +148,14 @@ def _build(
 def open_tensorrt_stages(
     bundle: Bundle,
     *,
-    device: int = 0,
     cache: Path | None = None,
     build: bool = False,
     module: str | None = None,
     trt: TensorRT | None = None,
     gpu: Gpu | None = None,
 ) -> list[TensorRTStage]:
-    """The stages of a bundle on the GPU of this number, ready to make contexts, with the batch sizes that their plans
-    were built for. The GPU must be the thread's current one.
+    """The stages of a bundle on the first GPU, ready to make contexts, with the batch sizes that their plans were built
+    for. The GPU must be the thread's current one.
 
     `build`: plans that are missing or do not fit are built with the defaults, which takes minutes; else they are
     refused, and the message says what to run. `module`: `tensorrt` or `tensorrt_rtx`, by default the first that is
@@ -154,7 +164,7 @@ def open_tensorrt_stages(
     """
     check_precision(bundle)
     trt = trt or import_tensorrt(module)
-    gpu = gpu or find_gpu(device)  # before the runtime, which would not survive that there is no driver
+    gpu = gpu or find_gpu()  # before the runtime, which would not survive that there is no driver
     if build:
         for stage in build_plans(bundle, trt=trt, gpu=gpu, cache=cache, waiting=_waiting(bundle)):
             if stage.why is not None:
@@ -165,7 +175,11 @@ def open_tensorrt_stages(
     )
     if not path.is_dir():
         raise BundleError(f"{path}: no plans for {trt.__name__} {trt.__version__} on {gpu.name}; run: {remedy}")
-    runtime, stages = trt.Runtime(logger_of(trt)), []
+    try:
+        runtime = trt.Runtime(logger_of(trt))
+    except (TypeError, RuntimeError) as error:  # what its bindings make of a missing one
+        raise BundleError(f"{trt.__name__} {trt.__version__} gives no runtime: {last_error(trt, error)}") from None
+    stages = []
     with PlanFolder(path) as folder:
         for number in range(1, len(bundle.manifest.stages) + 1):
             try:

@@ -39,15 +39,15 @@ class Gpu:
         return cls(f"sm{capability[0]}{capability[1]}", capability)
 
 
-def find_gpu(index: int = 0, *, driver: Any = None) -> Gpu:
-    """The GPU of this number, as CUDA counts those that are visible. Raises BundleError, in one line, where there is no
-    driver, one that is too old, or no such GPU. `driver`: libcuda, which is loaded here by default."""
+def find_gpu(driver: Any = None) -> Gpu:
+    """The first GPU, which is the one that is used: CUDA_VISIBLE_DEVICES says which that is. Raises BundleError, in one
+    line, where there is no driver, one that is too old, or no GPU. `driver`: libcuda, which is loaded by default."""
     if driver is None:
         try:
             driver = ctypes.CDLL("libcuda.so.1")
         except OSError:
             raise BundleError("no NVIDIA driver on this machine: libcuda.so.1 cannot be loaded") from None
-    version, number = ctypes.c_int(), ctypes.c_int()
+    version, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     _call(driver, "cuDriverGetVersion", ctypes.byref(version))
     if version.value < OLDEST_DRIVER:
         raise BundleError(
@@ -55,13 +55,8 @@ def find_gpu(index: int = 0, *, driver: Any = None) -> Gpu:
             "needed; update it to 580 or newer"
         )
     _call(driver, "cuInit", 0)
-    _call(driver, "cuDeviceGetCount", ctypes.byref(number))
-    if not 0 <= index < number.value:
-        raise BundleError(
-            f"there is no GPU {index}: the driver shows {number.value} (CUDA_VISIBLE_DEVICES hides others)"
-        )
-    device, value, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-    _call(driver, "cuDeviceGet", ctypes.byref(device), index)
+    _call(driver, "cuDeviceGet", ctypes.byref(device), 0)
+    name = ctypes.create_string_buffer(256)
     _call(driver, "cuDeviceGetName", name, len(name), device)
     capability = []
     for attribute in (_MAJOR, _MINOR):

@@ -115,6 +115,8 @@ def build_plan(
         except KeyboardInterrupt:
             monitor.cancelled = True
             raise
+        except (TypeError, ValueError, RuntimeError, MemoryError) as error:  # of its bindings
+            raise BuildFailed(_why(logger_of(trt).errors, f"{type(error).__name__}: {error}")) from error
     return Built(plan, timings, time.monotonic() - began)
 
 

@@ -1,7 +1,7 @@
 """Where plans lie: one folder for a bundle, a GPU and a version of TensorRT.
 
     stageN.plan     what the builder made
-    stageN.json     what it was made from and for, and its hash: a `Record`
+    stageN.json     what it was made from and for, and its hash: its `Record`, and that of the plan before
     timing.cache    how long kernels took, so that a second build takes less
     lock            held by whoever builds
 
@@ -11,8 +11,9 @@ was made for exactly this: its record's *origin* must equal what is wanted now. 
 sizes and effort, is the builder's choice; whoever loads takes what is there.) Folder and files are opened once and
 judged by their descriptors, so nobody can exchange them in between.
 
-A file appears whole or not at all: written beside, synced, renamed. Plan and record are two files; between their
-renames the old record does not fit the new plan, and neither is used.
+A file appears whole or not at all: written beside, synced, renamed. Plan and record are two files. The record is
+renamed first, and has that of the plan before as well: whichever plan lies there, at any moment and after a crash, its
+record lies beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -71,15 +72,21 @@ class Choices(_Frozen):
 
 
 class Record(_Frozen):
-    """stageN.json."""
+    """One plan."""
 
-    format_version: Literal[1]
     key: str
     origin: Origin
     choices: Choices
     sha256: str
     size: int  # of the plan, in bytes
     seconds: float  # that it took to build
+
+
+class Records(_Frozen):
+    """stageN.json: of the plan that lies there, and of the one before."""
+
+    format_version: Literal[1]
+    plans: Annotated[tuple[Record, ...], Field(min_length=1, max_length=2)]
 
 
 def key_of(origin: Origin, choices: Choices) -> str:
@@ -125,19 +132,17 @@ class PlanFolder:
     def read(self, origin: Origin, choices: Choices | None = None) -> tuple[Record, bytes]:
         """The plan of a stage with its record, for exactly this origin; where `choices` are given, built with those.
         Raises Unfit."""
-        record = self._record(origin, choices)
-        try:
-            return record, self._plan(record)
-        except Unfit:
-            # Somebody may have put another one in its place, between the two files.
-            if (again := self._record(origin, choices)) == record:
-                raise
-            return again, self._plan(again)
+        record, plan = self._find(origin.stage)
+        where = self.path / f"stage{origin.stage}.json"
+        if why := _difference(record.origin, origin) or (choices and _difference(record.choices, choices)):
+            raise Unfit(f"{where}: {why}")
+        if record.key != key_of(record.origin, record.choices):
+            raise Unfit(f"{where}: its key does not follow from what it says")
+        return record, plan
 
     def publish(self, origin: Origin, choices: Choices, plan: bytes, seconds: float) -> Record:
         """Put a plan and its record there; whoever calls holds the lock. Raises BundleError."""
         record = Record(
-            format_version=FORMAT_VERSION,
             key=key_of(origin, choices),
             origin=origin,
             choices=choices,
@@ -145,8 +150,16 @@ class PlanFolder:
             size=len(plan),
             seconds=round(seconds, 3),
         )
-        self._write(f"stage{origin.stage}.plan", plan)
-        self._write(f"stage{origin.stage}.json", f"{record.model_dump_json(indent=2)}\n".encode())
+        before: tuple[Record, ...] = ()
+        with suppress(Unfit):
+            before = (self._find(origin.stage)[0],)
+        records = Records(format_version=FORMAT_VERSION, plans=(record, *before))
+        self._write(
+            {
+                f"stage{origin.stage}.json": f"{records.model_dump_json(indent=2)}\n".encode(),
+                f"stage{origin.stage}.plan": plan,
+            }
+        )
         return record
 
     def timings(self) -> bytes:
@@ -159,7 +172,7 @@ class PlanFolder:
 
     def publish_timings(self, content: bytes) -> None:
         """Raises BundleError."""
-        self._write(_TIMINGS, b"%s\n%s" % (hashlib.sha256(content).hexdigest().encode(), content))
+        self._write({_TIMINGS: b"%s\n%s" % (hashlib.sha256(content).hexdigest().encode(), content)})
 
     @contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
@@ -168,8 +181,9 @@ class PlanFolder:
         import fcntl  # Linux, as all of this; elsewhere the module can still be looked at
 
         try:
+            # Nobody else may open it: who could, could hold the lock for ever.
             descriptor = os.open(
-                _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644, dir_fd=self._fd
+                _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self._fd
             )
         except OSError as error:
             raise BundleError(f"{self.path / _LOCK}: {_cause(error)}") from None
@@ -187,8 +201,25 @@ class PlanFolder:
         finally:
             os.close(descriptor)
 
-    def _record(self, origin: Origin, choices: Choices | None) -> Record:
-        name = f"stage{origin.stage}.json"
+    def _find(self, stage: int) -> tuple[Record, bytes]:
+        """The plan that lies there, and of its records the one that has its hash."""
+        records = self._records(stage)
+        while True:
+            plan = self._read(f"stage{stage}.plan", _MAX_PLAN)
+            digest = hashlib.sha256(plan).hexdigest()
+            for record in records:
+                if (record.sha256, record.size) == (digest, len(plan)):
+                    return record, plan
+            if (again := self._records(stage)) == records:
+                break
+            records = again  # others came while the plan was read
+        where, said = self.path / f"stage{stage}.plan", records[0]
+        if len(plan) != said.size:
+            raise Unfit(f"{where}: has {len(plan)} bytes, its record says {said.size}")
+        raise Unfit(f"{where}: sha256 is {digest[:12]}…, its record says {shown(said.sha256[:12])}…")
+
+    def _records(self, stage: int) -> tuple[Record, ...]:
+        name = f"stage{stage}.json"
         where = self.path / name
         content = self._read(name, _MAX_RECORD)
         try:
@@ -199,24 +230,10 @@ class PlanFolder:
         if found != FORMAT_VERSION:
             raise Unfit(f"{where}: format version {shown(found)}, this release reads {FORMAT_VERSION}")
         try:
-            record = Record.model_validate_json(content)
+            return Records.model_validate_json(content).plans
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             raise Unfit(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        if why := _difference(record.origin, origin) or (choices and _difference(record.choices, choices)):
-            raise Unfit(f"{where}: {why}")
-        if record.key != key_of(record.origin, record.choices):
-            raise Unfit(f"{where}: its key does not follow from what it says")
-        return record
-
-    def _plan(self, record: Record) -> bytes:
-        name = f"stage{record.origin.stage}.plan"
-        plan = self._read(name, _MAX_PLAN)
-        if len(plan) != record.size:
-            raise Unfit(f"{self.path / name}: has {len(plan)} bytes, its record says {record.size}")
-        if (digest := hashlib.sha256(plan).hexdigest()) != record.sha256:
-            raise Unfit(f"{self.path / name}: sha256 is {digest[:12]}…, its record says {shown(record.sha256[:12])}…")
-        return plan
 
     def _read(self, name: str, most: int) -> bytes:
         where = self.path / name
@@ -238,26 +255,29 @@ class PlanFolder:
         except OSError as error:
             raise Unfit(f"{where}: {_cause(error)}") from None
 
-    def _write(self, name: str, content: bytes) -> None:
-        temporary = f".{name}.{secrets.token_hex(8)}.new"
+    def _write(self, files: Mapping[str, bytes]) -> None:
+        """Put them there. The renames come last, one right after the other: what fails before leaves all as it was."""
+        written: dict[str, str] = {}
         try:
-            descriptor = os.open(
-                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd
-            )
-            try:
-                with open(descriptor, "wb") as stream:
+            for name, content in files.items():
+                where = f"{self.path / name}: it has {len(content)} bytes"
+                temporary = f".{name}.{secrets.token_hex(8)}.new"
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                with open(os.open(temporary, flags, 0o600, dir_fd=self._fd), "wb") as stream:
+                    written[temporary] = name
                     stream.write(content)
                     stream.flush()
-                    os.fchmod(descriptor, 0o644)  # read by whoever serves
-                    os.fsync(descriptor)
+                    os.fchmod(stream.fileno(), 0o644)  # read by whoever serves
+                    os.fsync(stream.fileno())
+            for temporary, name in written.items():
                 os.replace(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary, dir_fd=self._fd)
-                raise
             os.fsync(self._fd)
         except OSError as error:
-            raise BundleError(f"{self.path / name}: {_cause(error)}; it has {len(content)} bytes") from None
+            raise BundleError(f"{where}: {_cause(error)}") from None
+        finally:
+            for temporary in written:
+                with suppress(OSError):  # those that were renamed are not there any more
+                    os.unlink(temporary, dir_fd=self._fd)
 
     def _sweep(self) -> None:
         for name in os.listdir(self._fd):

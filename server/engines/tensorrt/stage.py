@@ -117,9 +117,10 @@ class TensorRTContext:
         self._context = None
 
 
-def last_error(trt: TensorRT) -> str:
+def last_error(trt: TensorRT, otherwise: object = "no reason given") -> str:
+    """What TensorRT said last of what it failed of, in one line."""
     errors = logger_of(trt).errors
-    return " ".join(errors[-1].split())[:400] if errors else "no reason given"
+    return " ".join((errors[-1] if errors else str(otherwise)).split())[:400]
 
 
 def _misfit(

@@ -89,6 +89,7 @@ class FakeTensorRT:
         arena: int = 1000,
         building: Callable[[], None] = lambda: None,
         endless: bool = False,
+        padding: int = 0,
     ) -> None:
         self.__name__ = name
         self.__version__, self.gpu = version, gpu
@@ -96,6 +97,7 @@ class FakeTensorRT:
         self.arena = arena  # bytes for each row
         self.building = building  # called in the middle of a build
         self.endless = endless  # a build ends only by being told to, or after ten seconds
+        self.padding = padding  # bytes that a plan has for nothing
         self.builds: list[SimpleNamespace] = []
         self.contexts: list[Context] = []
         self.runs: list[tuple[int, int]] = []  # rows, stream
@@ -243,7 +245,7 @@ class Builder:
             "profiles": [profile.shapes for profile in config.profiles],
             "arena": self.trt.arena,
         }
-        return Memory(MAGIC + json.dumps(plan).encode())
+        return Memory(MAGIC + json.dumps(plan).encode() + b" " * self.trt.padding)
 
 
 class Runtime:

@@ -14,8 +14,8 @@ from server.errors import BundleError
 class Driver:
     """libcuda with the functions that are called; `fails` gives back a code for one of them."""
 
-    def __init__(self, version: int = 13_000, gpus: int = 1, **fails: int) -> None:
-        self.version, self.gpus, self.fails = version, gpus, fails
+    def __init__(self, version: int = 13_000, **fails: int) -> None:
+        self.version, self.fails = version, fails
         self.called: list[str] = []
 
     def __getattr__(self, function: str) -> Any:
@@ -28,10 +28,6 @@ class Driver:
 
     def _cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
         version._obj.value = self.version
-        return 0
-
-    def _cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = self.gpus
         return 0
 
     def _cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
@@ -53,14 +49,13 @@ class Driver:
 
 
 def test_a_gpu_has_a_name_and_a_compute_capability() -> None:
-    assert find_gpu(driver=Driver()) == Gpu("NVIDIA L4 number 0", (8, 9))
-    assert find_gpu(1, driver=Driver(gpus=2)) == Gpu("NVIDIA L4 number 1", (8, 9))
+    assert find_gpu(Driver()) == Gpu("NVIDIA L4 number 0", (8, 9))
 
 
 def test_a_driver_that_is_too_old_is_not_asked_for_more() -> None:
     driver = Driver(version=12_080)
     with pytest.raises(BundleError, match=r"too old: it knows CUDA 12\.8, and 13\.0 is needed; update it to 580"):
-        find_gpu(driver=driver)
+        find_gpu(driver)
     assert driver.called == ["cuDriverGetVersion"]
 
 
@@ -70,19 +65,13 @@ def test_a_driver_that_is_too_old_is_not_asked_for_more() -> None:
         (Driver(cuInit=100), r"gives no GPU: cuInit: no CUDA-capable device is detected \(100\)"),
         (Driver(cuInit=999), r"gives no GPU: cuInit: unknown error \(999\)"),
         (Driver(cuDeviceGetName=1), r"gives no GPU: cuDeviceGetName: unknown error \(1\)"),
-        (Driver(gpus=0), r"there is no GPU 0: the driver shows 0 \(CUDA_VISIBLE_DEVICES"),
+        (Driver(cuDeviceGet=101), r"gives no GPU: cuDeviceGet: unknown error \(101\)"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(driver: Driver, says: str) -> None:
     with pytest.raises(BundleError, match=says) as caught:
-        find_gpu(driver=driver)
+        find_gpu(driver)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("index", [-1, 2])
-def test_a_number_that_no_gpu_has_is_refused(index: int) -> None:
-    with pytest.raises(BundleError, match=f"there is no GPU {index}: the driver shows 2"):
-        find_gpu(index, driver=Driver(gpus=2))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,10 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engines.tensorrt.plans import Choices, Origin, PlanFolder, Record, Unfit, folder_name, key_of
+from server.engines.tensorrt.plans import Choices, Origin, PlanFolder, Record, Records, Unfit, folder_name, key_of
 from server.errors import BundleError
 
 ORIGIN = Origin(
@@ -71,6 +74,7 @@ def test_others_may_read_and_nobody_else_may_write(folder: PlanFolder) -> None:
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (folder.path, *folder.path.iterdir())}
     assert modes["stage1.plan"] == modes["stage1.json"] == 0o644
     assert not any(mode & 0o022 for mode in modes.values())
+    assert modes["lock"] == 0o600  # who could open it could hold it
 
 
 @pytest.mark.parametrize(
@@ -138,13 +142,17 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlanFo
         yield folder, folder.publish(ORIGIN, CHOICES, PLAN, seconds=1)
 
 
+def records(*plans: dict[str, Any]) -> dict[str, Any]:
+    return {"format_version": 1, "plans": plans}
+
+
 @settings(max_examples=50)
 @given(at=st.integers(0, len(PLAN) - 1), by=st.integers(1, 255))
 def test_a_plan_with_any_byte_changed_is_refused(published: tuple[PlanFolder, Record], at: int, by: int) -> None:
     folder, record = published
     damaged = bytearray(PLAN)
     damaged[at] ^= by
-    (folder.path / "stage1.json").write_text(record.model_dump_json())
+    (folder.path / "stage1.json").write_text(json.dumps(records(record.model_dump())))
     (folder.path / "stage1.plan").write_bytes(damaged)
     assert "sha256 is" in refusal(folder)
 
@@ -172,7 +180,7 @@ def test_a_record_with_any_field_changed_is_refused(
     folder, record = published
     (folder.path / "stage1.plan").write_bytes(PLAN)
     changed = {**record.model_dump(), field: value}
-    (folder.path / "stage1.json").write_text(json.dumps(changed))
+    (folder.path / "stage1.json").write_text(json.dumps(records(changed)))
     if field == "seconds":  # says nothing of the plan: any number will do
         with suppress(Unfit):
             folder.read(ORIGIN)
@@ -183,7 +191,7 @@ def test_a_record_with_any_field_changed_is_refused(
 def test_a_record_that_is_not_what_its_key_says_is_refused(folder: PlanFolder) -> None:
     file = folder.path / "stage1.json"
     document = json.loads(file.read_text())
-    document["choices"]["batch_sizes"] = [1, 64]
+    document["plans"][0]["choices"]["batch_sizes"] = [1, 64]
     file.write_text(json.dumps(document))
     assert "its key does not follow" in refusal(folder)
 
@@ -313,13 +321,60 @@ def test_what_was_left_half_written_goes_at_the_next_build(folder: PlanFolder) -
     assert sorted(p.name for p in folder.path.iterdir()) == ["lock", "stage1.json", "stage1.plan"]
 
 
-def test_a_plan_without_its_record_is_not_used(folder: PlanFolder) -> None:
-    """Between the two renames of `publish`, or where the power failed there."""
-    folder.publish(ORIGIN, CHOICES, PLAN[::-1], seconds=1)
-    new = (folder.path / "stage1.plan").read_bytes()
-    folder.publish(ORIGIN, CHOICES, PLAN, seconds=1)
-    (folder.path / "stage1.plan").write_bytes(new)
-    assert "sha256" in refusal(folder)
+def test_whichever_plan_lies_there_its_record_lies_beside_it(folder: PlanFolder) -> None:
+    """After a crash between the two renames the old plan is used, and a new one can be published."""
+    file = folder.path / "stage1.plan"
+    old = folder.read(ORIGIN)
+    newer = CHOICES.model_copy(update={"optimization_level": 5})
+    folder.publish(ORIGIN, newer, PLAN[::-1], seconds=2)
+    file.write_bytes(PLAN)
+    assert folder.read(ORIGIN) == old
+    assert "was built for optimization level 3, and 5 is wanted" in refusal(folder, choices=newer)
+    folder.publish(ORIGIN, newer, PLAN * 2, seconds=3)
+    file.write_bytes(PLAN)
+    assert folder.read(ORIGIN) == old
+    file.write_bytes(PLAN[::-1])
+    assert "sha256" in refusal(folder) or "bytes" in refusal(folder)
+
+
+def test_only_the_plan_before_is_remembered(folder: PlanFolder) -> None:
+    for number in range(5):
+        folder.publish(ORIGIN, CHOICES, bytes([number]) * 100, seconds=number)
+    kept = Records.model_validate_json((folder.path / "stage1.json").read_bytes())
+    assert [record.seconds for record in kept.plans] == [4, 3]
+
+
+def test_who_reads_while_plans_are_replaced_finds_one_of_them_whole(folder: PlanFolder) -> None:
+    """Another process publishes as fast as it can."""
+    publisher = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PUBLISHER), str(folder.path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])},
+    )
+    try:
+        assert publisher.stdout is not None
+        assert publisher.stdout.readline() == b"publishing\n"
+        seen = set()
+        while len(seen) < 20:
+            record, plan = folder.read(ORIGIN)
+            assert len(plan) == record.size
+            seen.add(record.sha256)
+    finally:
+        publisher.kill()
+        publisher.communicate()
+
+
+PUBLISHER = """
+    import os, sys
+    from pathlib import Path
+    from server.engines.tensorrt.plans import PlanFolder
+    from tests.server.engines.tensorrt.test_plans import CHOICES, ORIGIN
+
+    with PlanFolder(Path(sys.argv[1])) as folder:
+        print("publishing", flush=True)
+        while True:
+            folder.publish(ORIGIN, CHOICES, os.urandom(1000), seconds=1)
+"""
 
 
 def test_the_timing_cache_is_used_only_whole(folder: PlanFolder) -> None:
