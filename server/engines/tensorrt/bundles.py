@@ -148,6 +148,7 @@ def _build(
 def open_tensorrt_stages(
     bundle: Bundle,
     *,
+    max_batch_sizes: Sequence[int] | None = None,
     cache: Path | None = None,
     build: bool = False,
     module: str | None = None,
@@ -155,7 +156,7 @@ def open_tensorrt_stages(
     gpu: Gpu | None = None,
 ) -> list[TensorRTStage]:
     """The stages of a bundle on the first GPU, ready to make contexts, with the batch sizes that their plans were built
-    for. The GPU must be the thread's current one.
+    for, as far as they are not above `max_batch_sizes`, stage by stage. The GPU must be the thread's current one.
 
     `build`: plans that are missing or do not fit are built with the defaults, which takes minutes; else they are
     refused, and the message says what to run. `module`: `tensorrt` or `tensorrt_rtx`, by default the first that is
@@ -187,8 +188,18 @@ def open_tensorrt_stages(
             except Unfit as error:
                 raise BundleError(f"{error}; run: {remedy}") from None
             inputs, outputs = tensors_of(bundle, number)
-            file, sizes = path / f"stage{number}.plan", record.choices.batch_sizes
-            stages.append(TensorRTStage(trt, runtime, file, plan, inputs=inputs, outputs=outputs, batch_sizes=sizes))
+            stages.append(
+                TensorRTStage(
+                    trt,
+                    runtime,
+                    path / f"stage{number}.plan",
+                    plan,
+                    inputs=inputs,
+                    outputs=outputs,
+                    batch_sizes=record.choices.batch_sizes,
+                    largest=max_batch_sizes[number - 1] if max_batch_sizes else None,
+                )
+            )
     return stages
 
 

@@ -40,8 +40,13 @@ class TensorRTStage:
         inputs: Mapping[str, TensorSpec],
         outputs: Mapping[str, TensorSpec],
         batch_sizes: Sequence[int],
+        largest: int | None = None,
     ) -> None:
-        self.inputs, self.outputs, self.batch_sizes = inputs, outputs, tuple(batch_sizes)
+        """`batch_sizes`: those that the plan was built for. Of these, ones that are larger than `largest` are left
+        aside, but never the smallest."""
+        self.inputs, self.outputs = inputs, outputs
+        self.batch_sizes = tuple(n for n in batch_sizes if largest is None or n <= max(largest, batch_sizes[0]))
+        self.runtime = f"{trt.__name__} {trt.__version__}"
         self._trt = trt
         self._runtime = runtime  # an engine needs it for as long as it lives
         self._making = threading.Lock()
@@ -49,7 +54,7 @@ class TensorRTStage:
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BundleError(f"{file}: TensorRT does not take it: {last_error(trt)}")
-        if why := _misfit(trt, engine, inputs, outputs, self.batch_sizes):
+        if why := _misfit(trt, engine, inputs, outputs, batch_sizes):
             raise BundleError(f"{file}: {why}")
         self._engine: ICudaEngine | None = engine
 

@@ -163,6 +163,14 @@ def test_whoever_serves_takes_the_batch_sizes_that_were_built(bundle: Bundle, tr
     assert whys(build_plans(bundle, trt=trt, gpu=H100)) == [False] * 3
 
 
+def test_batch_sizes_that_are_not_wanted_are_left_aside(bundle: Bundle, trt: FakeTensorRT) -> None:
+    build(bundle, trt, choices=choose((2, 4, 8)))
+    stages = open_stages(bundle, trt, max_batch_sizes=(8, 5, 1))
+    assert [stage.batch_sizes for stage in stages] == [(2, 4, 8), (2, 4), (2,)]
+    assert [stage.arena_bytes(stage.batch_sizes[-1]) for stage in stages] == [8000, 4000, 2000]
+    assert {stage.runtime for stage in stages} == {"tensorrt 11.4.0.106"}
+
+
 def test_plans_of_another_gpu_or_version_are_not_even_looked_at(bundle: Bundle, trt: FakeTensorRT) -> None:
     build(bundle, trt)
     for other, gpu, who in (
