@@ -257,6 +257,8 @@ def build(
     except ModuleNotFoundError as error:
         package = "tensorrt-rtx" if error.name == "tensorrt_rtx" else "'dvt-serve[gpu-trt]'"
         raise click.ClickException(f"no TensorRT: {error}; install it: pip install {package}") from None
+    except KeyboardInterrupt:
+        process.leave(130)  # the builder's thread may take long to end, and leaves nothing that counts
     summary = bundles.summary(loaded, trt, gpu, choices, plans)
     click.echo(json.dumps(summary) if as_json else bundles.as_table(summary))
 

@@ -9,10 +9,11 @@ An engine has no auxiliary streams: all work goes to the stream that it is given
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -66,8 +67,9 @@ def build_plan(
 ) -> Built:
     """Only `outputs` come out of the engine, whatever else the graph has. Raises BuildFailed.
 
-    Ctrl-C ends it: TensorRT calls back while it builds, and an exception would not survive the way through its code. So
-    it builds in a thread, and is told at its next step that nobody wants the plan any more.
+    It builds in a thread, for Ctrl-C: TensorRT calls back while it builds, and no exception survives the way through
+    its code. The thread is told that nobody wants the plan any more, at TensorRT's next step, and is not waited for:
+    that may be ten seconds away.
     """
     began = time.monotonic()
     monitor = _monitor(trt, progress)
@@ -108,15 +110,22 @@ def build_plan(
         timings = None if is_rtx(trt) else config.get_timing_cache()
         return _bytes(plan), b"" if timings is None else _bytes(timings.serialize())
 
-    with ThreadPoolExecutor(1, thread_name_prefix="tensorrt-builder") as thread:
-        building = thread.submit(build)
+    building: Future[tuple[bytes, bytes]] = Future()
+
+    def work() -> None:
         try:
-            plan, timings = building.result()
-        except KeyboardInterrupt:
-            monitor.cancelled = True
-            raise
-        except (TypeError, ValueError, RuntimeError, MemoryError) as error:  # of its bindings
-            raise BuildFailed(_why(logger_of(trt).errors, f"{type(error).__name__}: {error}")) from error
+            building.set_result(build())
+        except BaseException as error:
+            building.set_exception(error)
+
+    try:
+        threading.Thread(target=work, name="tensorrt-builder").start()
+        plan, timings = building.result()
+    except KeyboardInterrupt:
+        monitor.cancelled = True
+        raise
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:  # of its bindings
+        raise BuildFailed(_why(logger_of(trt).errors, f"{type(error).__name__}: {error}")) from error
     return Built(plan, timings, time.monotonic() - began)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -286,13 +287,23 @@ def test_progress_that_fails_does_not_stop_the_build(bundle: Bundle, trt: FakeTe
     assert whys(build(bundle, trt, progress=fail)) == [True] * 3
 
 
-def test_ctrl_c_ends_a_build_and_leaves_nothing_half_written(bundle: Bundle) -> None:
-    trt = FakeTensorRT(building=lambda: os.kill(os.getpid(), signal.SIGINT), endless=True)
+def test_ctrl_c_ends_a_build_without_waiting_for_tensorrt_and_leaves_nothing(bundle: Bundle) -> None:
+    gate = threading.Event()
+
+    def building() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        gate.wait(30)
+
+    trt = FakeTensorRT(building=building, endless=True)
     with pytest.raises(KeyboardInterrupt):
         build(bundle, trt)
+    assert [p.name for p in plans_path(bundle, trt, H100).iterdir()] == ["lock"]
+    gate.set()
+    for thread in threading.enumerate():
+        if thread.name == "tensorrt-builder":
+            thread.join(30)  # it was told to stop, and would go on for long
     assert trt.builds == []
-    folder = plans_path(bundle, trt, H100)
-    assert [p.name for p in folder.iterdir()] == ["lock"]
+    assert [p.name for p in plans_path(bundle, trt, H100).iterdir()] == ["lock"]
 
 
 def test_a_folder_that_cannot_be_written_names_the_option(bundle: Bundle, trt: FakeTensorRT) -> None:
