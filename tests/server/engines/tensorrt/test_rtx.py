@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,16 +49,6 @@ def test_any_gpu_of_a_capability_is_built_for(half: Bundle, rtx: TensorRT, targe
     plans = build_plans(half, trt=rtx, gpu=gpu, choices=choose([1]))
     assert plans[0].file.parent.name.startswith(f"{target}-rtx-")
     assert {plan.record.origin.gpu for plan in plans} == {target}
-
-
-def test_a_bundle_as_it_is_exported_builds(tmp_path: Path, rtx: TensorRT) -> None:
-    from export.write import export_model, seeded_model
-
-    if "precision" not in inspect.signature(export_model).parameters:
-        pytest.skip("this revision exports no half precision")
-    bundle = export_model(seeded_model("micro"), tmp_path / "micro", {}, precision="fp16")
-    plans = build_plans(bundle, trt=rtx, gpu=SM89, choices=choose([1]))
-    assert [plan.record.origin.precision for plan in plans] == ["fp16"] * 3
 
 
 def test_a_capability_that_it_does_not_know_is_refused(half: Bundle, rtx: TensorRT) -> None:
