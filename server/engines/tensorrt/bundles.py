@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from server.bundle.manifest import Bundle, TensorSpec
+from server.documents import cause
 from server.engines.tensorrt.api import TensorRT, import_tensorrt, is_rtx
 from server.engines.tensorrt.gpus import Gpu, find_gpu
 from server.engines.tensorrt.network import FLAGS, BuildFailed, Built, build_plan, logger_of
@@ -122,7 +123,10 @@ def _build(
     progress: Callable[[float], None],
 ) -> Built:
     file = bundle.stage_path(origin.stage)
-    graph = file.read_bytes()
+    try:
+        graph = file.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file}: {cause(error)}") from None
     if hashlib.sha256(graph).hexdigest() != origin.graph:
         raise BundleError(f"{file}: has changed since the bundle was read")
     inputs, outputs = tensors_of(bundle, origin.stage)

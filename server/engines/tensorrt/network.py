@@ -225,8 +225,10 @@ def _target(trt: TensorRT, config: IBuilderConfig, gpu: Gpu) -> None:
 
 def _use_timing_cache(config: IBuilderConfig, content: bytes) -> None:
     """One that does not fit is left aside: then all is timed anew."""
-    if not (content and config.set_timing_cache(config.create_timing_cache(content), False)):
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+    for serialized in dict.fromkeys((content, b"")):  # an empty one is where it begins
+        timings = config.create_timing_cache(serialized)
+        if timings is not None and config.set_timing_cache(timings, False):
+            return
 
 
 def _refusal(parser: OnnxParser) -> str:

@@ -183,8 +183,8 @@ class Config:
         assert pool == MemoryPoolType.WORKSPACE
         self.workspace = pool_size
 
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache:
-        return TimingCache(serialized_timing_cache)
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache | None:
+        return None if serialized_timing_cache == b"junk" else TimingCache(serialized_timing_cache)
 
     def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch

@@ -90,9 +90,10 @@ def test_the_timing_cache_of_one_build_serves_the_next(bundle: Bundle, trt: Fake
     assert contents == [b"timings" + b" measured" * n for n in range(6)]
 
 
-def test_a_timing_cache_that_does_not_fit_is_left_aside(bundle: Bundle, trt: FakeTensorRT) -> None:
+@pytest.mark.parametrize("content", [b"of another GPU", b"junk"])
+def test_a_timing_cache_that_does_not_fit_is_left_aside(bundle: Bundle, trt: FakeTensorRT, content: bytes) -> None:
     with PlanFolder(plans_path(bundle, trt, H100), create=True) as folder:
-        folder.publish_timings(b"of another GPU")
+        folder.publish_timings(content)
     assert whys(build(bundle, trt)) == [True] * 3
     assert trt.builds[0].config.timings.content == b"timings"
 
