@@ -92,7 +92,8 @@ def main() -> None:
         if module := load(name):
             found = listing(module)
             file = Path(sys.argv[1]) / f"{called}-{found['version']}.json"
-            file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+            classes = ",\n".join(f"{json.dumps(name)}: {json.dumps(of)}" for name, of in found["classes"].items())
+            file.write_text(f'{{"version": {json.dumps(found["version"])}, "classes": {{\n{classes}\n}}}}\n')
             print(file)
 
 
