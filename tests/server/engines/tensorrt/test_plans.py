@@ -356,6 +356,7 @@ def test_who_reads_while_plans_are_replaced_finds_one_of_them_whole(folder: Plan
         assert publisher.stdout.readline() == b"publishing\n"
         seen = set()
         while len(seen) < 20:
+            assert publisher.poll() is None
             record, plan = folder.read(ORIGIN)
             assert len(plan) == record.size
             seen.add(record.sha256)
