@@ -134,6 +134,13 @@ def _load(kind: str, bundle: Bundle, sizes: Sequence[Sequence[int]]) -> tuple[De
         from server.engines.gpu.cuda import CudaDevice
 
         return CudaDevice(), onnx_stage.load(bundle, sizes), f"onnxruntime {onnxruntime.__version__}"
+    if kind == "tensorrt":
+        from server.engines.gpu.cuda import CudaDevice
+        from server.engines.tensorrt.bundles import open_tensorrt_stages
+
+        device = CudaDevice()
+        stages = open_tensorrt_stages(bundle, max_batch_sizes=[taken[-1] for taken in sizes], build=True)
+        return device, stages, stages[0].runtime
     raise RuntimeError(f"no engine {kind} in this version")
 
 

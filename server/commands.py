@@ -1,4 +1,4 @@
-"""`dvt serve`, and its clients `dvt classify` and `dvt budget`."""
+"""The commands of the server: `dvt serve`, what prepares a bundle for it, and its clients."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def register(app: typer.Typer) -> None:
     # Short helps of their own: those made of a docstring are cut.
     app.command("serve", short_help="Serve a bundle over HTTP.")(serve)
     app.command("calibrate", short_help="Solve a bundle's thresholds on labelled images.")(calibrate)
+    app.command("build", short_help="Build a bundle's TensorRT engines.")(build)
     app.command("profile", short_help="Measure what a bundle's batches take here.")(profile)
     app.command("classify", short_help="Classify images with a running server.")(classify)
     app.command("budget", short_help="Show or set a running server's budget.")(budget)
@@ -110,6 +111,8 @@ def start(settings: Settings, dry_run: bool) -> None:
                 max_batch_sizes=settings.max_batch_sizes,
                 executors=settings.executors,
                 max_slots=settings.max_slots,
+                engine_dir=settings.engine_dir,
+                build_engines=settings.build_engines,
             )
         except (BundleError, EngineUnavailable) as error:
             raise _Refused(str(error)) from None
@@ -194,6 +197,107 @@ def calibrate(
     except (BundleError, EngineUnavailable, calibration.CalibrationError, ServeError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(calibration.as_json(frontier) if as_json else calibration.as_table(frontier))
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle in half precision.")],
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DVT_ENGINE_DIR",
+            metavar="FOLDER",
+            help="Where the plans go, in a folder for this bundle.  [default: BUNDLE/engines]",
+        ),
+    ] = None,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Sizes that batches are filled up to.  [default: 1,2,4,8,16,32,64]"),
+    ] = None,
+    optimization_level: Annotated[
+        int, typer.Option(min=0, max=5, help="How hard TensorRT looks for the fastest kernels.")
+    ] = 3,
+    workspace_mib: Annotated[
+        int | None, typer.Option(min=1, help="Most memory that a kernel may use.  [default: the GPU's]")
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(metavar="tensorrt|tensorrt_rtx", help="By default what is installed, in this order.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="sm89", help="With tensorrt_rtx: build for this compute capability, without a GPU."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build also what is there and fits.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")] = False,
+) -> None:
+    """Build the TensorRT engines of BUNDLE for the GPU at hand; what is there and fits is left alone.
+
+    Of several GPUs it is the first one; CUDA_VISIBLE_DEVICES says which that is.
+
+    \b
+    Examples:
+      dvt build bundles/photo10-fp16
+      dvt build bundles/photo10-fp16 --batch-sizes 1,4,16 --optimization-level 5
+      dvt build bundles/photo10-fp16 --cache /var/cache/dvt
+      dvt build bundles/photo10-fp16 --runtime tensorrt_rtx --target sm89
+    """
+    # Heavy, as above.
+    from server.bundle.manifest import Bundle
+    from server.engines.tensorrt import api, bundles
+    from server.engines.tensorrt.gpus import Gpu, find_gpu
+
+    try:
+        choices = bundles.choose(
+            _batch_sizes(batch_sizes) if batch_sizes else bundles.BATCH_SIZES,
+            optimization_level=optimization_level,
+            workspace_bytes=workspace_mib and workspace_mib * 2**20,
+        )
+        if runtime is not None and runtime not in api.MODULES:
+            raise click.UsageError(f"--runtime is {' or '.join(api.MODULES)}, not {runtime}")
+        # The frontier says nothing about engines, and may not be there yet.
+        loaded = Bundle.load(bundle, need_frontier=False)
+        bundles.check_precision(loaded)
+        trt = api.import_tensorrt(runtime or ("tensorrt_rtx" if target else None))
+        if target and not api.is_rtx(trt):
+            raise click.UsageError("--target goes with --runtime tensorrt_rtx: TensorRT builds for the GPU at hand")
+        try:
+            gpu = Gpu.of_capability(target) if target else find_gpu()
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        with tqdm(
+            total=len(loaded.manifest.stages),
+            desc="stages",
+            disable=as_json or not _is_terminal(sys.stderr),
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}",
+        ) as bar:
+
+            def progress(done: float) -> None:
+                bar.update(max(0.0, done - bar.n))  # within a stage TensorRT looks back now and then
+
+            def waiting() -> None:
+                with bar.external_write_mode(sys.stderr):
+                    click.echo("Another process builds in the same folder; waiting for it", err=True)
+
+            plans = bundles.build_plans(
+                loaded, trt=trt, gpu=gpu, choices=choices, cache=cache, force=force, progress=progress, waiting=waiting
+            )
+    except ModuleNotFoundError as error:
+        package = "tensorrt-rtx" if error.name == "tensorrt_rtx" else "'dvt-serve[gpu-trt]'"
+        raise click.ClickException(f"no TensorRT: {error}; install it: pip install {package}") from None
+    except KeyboardInterrupt:
+        process.leave(130)  # the builder's thread may take long to end, and leaves nothing that counts
+    summary = bundles.summary(loaded, trt, gpu, choices, plans)
+    click.echo(json.dumps(summary) if as_json else bundles.as_table(summary))
+
+
+def _batch_sizes(text: str) -> list[int]:
+    """Raises click.UsageError."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--batch-sizes are whole numbers, as 1,2,4,8; {text} is not") from None
+    if not 1 <= min(sizes) <= max(sizes) <= 4096 or len(set(sizes)) > 16:
+        raise click.UsageError(f"--batch-sizes are at most 16 numbers from 1 to 4096; {text} is not")
+    return sizes
 
 
 def profile(

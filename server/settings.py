@@ -125,6 +125,13 @@ class Settings(BaseSettings):
         description="Time to measure batches for at the start, where the bundle has no profile for this machine; 0 "
         "measures none: then there are no latency budgets, no brownout and no early refusals.",
     )
+    engine_dir: Path | None = Field(
+        None, description="Folder for TensorRT's plans, of any number of bundles; by default `engines` in the bundle's."
+    )
+    build_engines: bool = Field(
+        False,
+        description="Build plans that are missing or do not fit at the start, which takes minutes; else they stop it.",
+    )
     state_dir: Path | None = Field(
         default_factory=default_state_dir,
         description="Folder, on a local disk, where the budget is kept across restarts; empty: in memory only.",
@@ -218,7 +225,7 @@ class Settings(BaseSettings):
             raise ValueError("every batch size must be at least 1")
         return value
 
-    @field_validator("bundle", "state_dir", "control_token_file", mode="before")
+    @field_validator("bundle", "engine_dir", "state_dir", "control_token_file", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from server.bundle.manifest import Bundle
 from server.core import Engine
@@ -24,11 +25,14 @@ def load_engine(
     max_batch_sizes: Sequence[int] | None = None,
     executors: int | None = None,
     max_slots: int = MAX_SLOTS,
+    engine_dir: Path | None = None,
+    build_engines: bool = False,
 ) -> Engine:
     """The engine of this name for a bundle on this machine; "auto" takes the best that is really there.
 
     `max_batch_sizes` overrides what the engine says pays, per stage, `executors` how many batches it says pay at once.
-    `max_slots`: states that it should be able to hold beside those of batches that run.
+    `max_slots`: states that it should be able to hold beside those of batches that run. `engine_dir`: where TensorRT's
+    plans lie, None in the bundle; `build_engines`: plans that are missing are built.
 
     Raises EngineUnavailable for an engine that cannot run here, BundleError for a bundle that the engine cannot run,
     ModuleNotFoundError where not even ONNX Runtime is installed.
@@ -38,7 +42,15 @@ def load_engine(
     from server.engines.gpu.probe import visible_gpus
 
     def on_gpu(name: str) -> Engine:
-        return gpu.load(name, bundle, max_batch_sizes=max_batch_sizes, executors=executors, max_slots=max_slots)
+        return gpu.load(
+            name,
+            bundle,
+            max_batch_sizes=max_batch_sizes,
+            executors=executors,
+            max_slots=max_slots,
+            engine_dir=engine_dir,
+            build_engines=build_engines,
+        )
 
     if engine == "auto" and visible_gpus():
         for name in gpu.NAMES:

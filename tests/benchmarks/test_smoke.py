@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import ablations, backbone, precision
+from tests.server.engines.tensorrt.half_graphs import half_graph
+from tests.server.engines.tensorrt.tiny_bundle import write_bundle
 
 Run = Callable[..., dict[str, Any]]
 
@@ -122,6 +124,16 @@ def test_results_tell_machine_versions_and_command_but_no_path(run: Run, tmp_pat
     assert str(tmp_path.parent) not in str(results)
     assert results["versions"]["python"]
     assert results["machine"]["usable_cores"] >= 1
+
+
+def test_engines_are_built_with_one_size_and_with_several(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: no real engine is built")
+    bundle = write_bundle(tmp_path / "half", graphs=half_graph)
+    figures = run("engine_builds", str(bundle.path), "--target", "sm89", "--sizes", "1", "1,4")["figures"]
+    assert figures["gpu"] == "sm89"
+    (builds,) = figures["builds"].values()
+    assert [[stage["bytes"] > 1000 for stage in builds[sizes]] for sizes in ("1", "1,4")] == [[True] * 3] * 2
+    assert not (bundle.path / "engines").exists()
 
 
 def test_savings_change_no_logits(run: Run) -> None:

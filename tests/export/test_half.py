@@ -27,6 +27,9 @@ from server.__main__ import build
 from server.bundle.manifest import FRONTIER, Bundle
 from server.engines import load_engine
 from server.engines.onnx import open_session
+from server.engines.tensorrt.api import import_tensorrt
+from server.engines.tensorrt.bundles import build_plans, choose
+from server.engines.tensorrt.gpus import Gpu
 from server.errors import BundleError
 from tests.conftest import CLASSES, HELD_OUT
 
@@ -131,6 +134,13 @@ def test_its_graphs_are_what_tensorrt_takes(fp16: Path, bf16: Bundle):
             assert ("Exp", onnx.TensorProto.FLOAT) in taken
             for operator in ("LayerNormalization", "Exp", "ReduceSum", "ReduceMax"):
                 assert (operator, half[bundle.manifest.precision]) not in taken
+
+
+def test_it_builds_for_tensorrt(fp16: Path, tmp_path: Path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: no real engine is built")
+    trt, gpu = import_tensorrt("tensorrt_rtx"), Gpu.of_capability("sm89")
+    plans = build_plans(Bundle.load(fp16), trt=trt, gpu=gpu, choices=choose([1]), cache=tmp_path)
+    assert all(plan.why is not None and plan.record.size > 1000 for plan in plans)
 
 
 def _typed(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

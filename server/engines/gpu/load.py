@@ -5,16 +5,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from server.bundle.manifest import Bundle
 from server.engines.gpu.device import Device, DeviceError, OutOfDeviceMemory
 from server.engines.gpu.engine import LANES, LARGEST_BATCH, GpuEngine, batch_sizes
 from server.engines.gpu.probe import visible_gpus
 from server.engines.gpu.stage import Stage
+from server.engines.tensorrt.stage import TensorRTFailed
 from server.errors import BundleError, EngineUnavailable
 
 Stages = tuple[Sequence[Stage], str]
 """And what runs them, with its version."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    sizes: Sequence[Sequence[int]]  # of batches, per stage, ascending
+    engine_dir: Path | None  # of TensorRT's plans; None: in the bundle
+    build_engines: bool  # the plans that are missing
 
 
 def load(
@@ -24,6 +34,8 @@ def load(
     max_batch_sizes: Sequence[int] | None,
     executors: int | None,
     max_slots: int,
+    engine_dir: Path | None,
+    build_engines: bool,
 ) -> GpuEngine:
     """A warm engine: what its graphs ask of the device, and whether there is memory for all of it, shows only then.
 
@@ -36,7 +48,8 @@ def load(
     with ExitStack() as opened, _saying_why(name):
         device = _device(name)
         opened.callback(device.close)
-        stages, runtime = _LOADERS[name](bundle, [batch_sizes(size) for size in largest])
+        wanted = _Wanted([batch_sizes(size) for size in largest], engine_dir, build_engines)
+        stages, runtime = _LOADERS[name](bundle, wanted)
         runtime = f"{runtime}, {device.version}"
         engine = GpuEngine(
             bundle, device, stages, name=name, runtime=runtime, executors=executors or LANES, max_slots=max_slots
@@ -61,7 +74,7 @@ def _saying_why(name: str) -> Iterator[None]:
                 f"the engine {name} has too little memory on the GPU ({_first_line(error)}); lower "
                 "DVT_MAX_BATCH_SIZES, DVT_MAX_SLOTS or DVT_EXECUTORS"
             ) from None
-        if isinstance(error, DeviceError):
+        if isinstance(error, DeviceError | TensorRTFailed):
             raise EngineUnavailable(f"the engine {name} cannot use the GPU: {_first_line(error)}") from None
         raise
 
@@ -80,7 +93,7 @@ def _device(name: str) -> Device:
     return CudaDevice()
 
 
-def _torch_cuda(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:
+def _torch_cuda(bundle: Bundle, wanted: _Wanted) -> Stages:
     try:
         from server.engines.gpu import torch_stage
     except ImportError as error:
@@ -92,24 +105,37 @@ def _torch_cuda(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:
         place = torch_stage.CudaPlace()
     except RuntimeError as error:
         raise EngineUnavailable(f"the engine torch-cuda needs torch for CUDA: {error}; see pytorch.org") from None
-    return torch_stage.load(bundle, place, sizes), torch_stage.RUNTIME
+    return torch_stage.load(bundle, place, wanted.sizes), torch_stage.RUNTIME
 
 
-def _onnx_cuda(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:
+def _onnx_cuda(bundle: Bundle, wanted: _Wanted) -> Stages:
     try:
         from server.engines.gpu import onnx_stage
     except ImportError as error:
         raise EngineUnavailable(
             f"the engine onnx-cuda needs ONNX Runtime for CUDA ({error}): pip install 'dvt-serve[gpu-ort]'"
         ) from None
-    return onnx_stage.load(bundle, sizes), onnx_stage.RUNTIME
+    return onnx_stage.load(bundle, wanted.sizes), onnx_stage.RUNTIME
 
 
-def _tensorrt(bundle: Bundle, sizes: Sequence[Sequence[int]]) -> Stages:  # noqa: ARG001
-    raise EngineUnavailable("the engine tensorrt is not part of this version; ask for --engine torch-cuda")
+def _tensorrt(bundle: Bundle, wanted: _Wanted) -> Stages:
+    from server.engines.tensorrt.bundles import open_tensorrt_stages
+
+    largest = [sizes[-1] for sizes in wanted.sizes]
+    try:
+        stages = open_tensorrt_stages(
+            bundle, max_batch_sizes=largest, cache=wanted.engine_dir, build=wanted.build_engines
+        )
+    except ModuleNotFoundError as error:
+        raise EngineUnavailable(
+            f"the engine tensorrt needs TensorRT ({error}): pip install 'dvt-serve[gpu-trt]'"
+        ) from None
+    except BundleError as error:  # no plans, or another GPU's: another engine may well run the bundle
+        raise EngineUnavailable(f"the engine tensorrt: {error}") from None
+    return stages, stages[0].runtime
 
 
-_LOADERS: dict[str, Callable[[Bundle, Sequence[Sequence[int]]], Stages]] = {
+_LOADERS: dict[str, Callable[[Bundle, _Wanted], Stages]] = {
     "tensorrt": _tensorrt,
     "torch-cuda": _torch_cuda,
     "onnx-cuda": _onnx_cuda,
