@@ -438,6 +438,7 @@ class _Graph:
         return nodes[::-1]
 
 
+VECTOR = 4  # float32 numbers that a thread reads at once
 PRODUCTS = ("MatMul", "AddedProduct")
 
 
@@ -704,7 +705,17 @@ def _layer_normalization(node: _Bound) -> Kernel:
     if any(node.node.outputs[1:]):
         raise BundleError("LayerNormalization that gives its mean is not known here")
     axis, epsilon = node.get("axis", -1), node.get("epsilon", 1e-5)
-    return lambda x, weight, bias=None: F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
+
+    def normalize(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shape = x.shape[axis:]
+        if len(shape) > 1 or shape[-1] % VECTOR == 0 or bias is None:
+            return F.layer_norm(x, shape, weight, bias, epsilon)
+        # Torch gives such a row, which it cannot read by vectors, a block of threads, of which most wait.
+        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        centred = (x - mean).mul_(torch.rsqrt(variance + epsilon))
+        return torch.addcmul(bias, centred, weight)
+
+    return normalize
 
 
 @_operator("HalfLayerNormalization")
