@@ -8,7 +8,7 @@ In fp32 stay
 The residual stream, attention, MLPs, both reuses and the state between stages are in half.
 
 Attention stays as it is written in `model.layers`: TensorRT's parser takes the operator only with one output, and the
-logits are wanted, too.
+logits are wanted, too. Its shapes are those of `export.aligned`.
 """
 
 from __future__ import annotations

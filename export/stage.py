@@ -19,14 +19,14 @@ import torch
 import torch.onnx.ops
 from torch import Tensor, nn
 
+from export import aligned
 from export.cpu import suit_cpu
 from export.half import DTYPES, Precision, halve
 from export.savings import keep_class_row
 from export.soft_split import ChannelsLastTokens
 from model.backbones.t2t_vit import TokensToToken
-from model.config import DVTConfig
 from model.dvt import DVT, Stage
-from model.layers import Attention, attend
+from model.layers import Attend, Attention, attend
 from model.reuse import ReuseState, features_shape
 from server.bundle.frontier import Criterion
 
@@ -89,7 +89,11 @@ class StageGraph(nn.Module):
         self.precision: Precision = precision
         self.stage = copy.deepcopy(stage).cpu().float().eval()
         self.stage.head = BatchInvariantHead(self.stage.head)  # type: ignore[assignment]
-        operator = onnx_attention if precision == "fp32" else attend
+        self.aligned = saving and precision != "fp32"
+        operator: Attend = onnx_attention if precision == "fp32" else attend
+        if self.aligned:
+            operator = aligned.attention(model.config, number, DTYPES[precision])
+            self.stage = aligned.align(self.stage, model.config)
         for module in self.stage.modules():
             if isinstance(module, Attention):
                 module.attend = operator
@@ -121,7 +125,7 @@ class StageGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         """image (B, S, S, 3) uint8; features (B, n, D), relations (B, C, n+1, n+1) of `precision` from stage 2 on
         -> logits (B, K), probabilities (B, K), confidence (B,), and but for the last stage its own features and
-        relations."""
+        relations. In half precision state is padded, see `export.aligned`."""
         state = None if features is None or relations is None else ReuseState(features, relations)
         pixels = image.to(torch.float32)  # first: an integer transpose does not build in TensorRT
         if not self.channels_last:
@@ -144,7 +148,7 @@ class StageGraph(nn.Module):
         size = self.config.image_size
         shapes = {IMAGE: TensorShape("uint8", ("B", size, size, 3))}
         if self.takes_state:
-            shapes |= _state_shapes(self.config, self.number - 1, self.precision)
+            shapes |= self._state_shapes(self.number - 1)
         return shapes
 
     def outputs(self) -> dict[str, TensorShape]:
@@ -152,7 +156,7 @@ class StageGraph(nn.Module):
         shapes = {name: TensorShape("float32", ("B", K)) for name in ANSWER[:2]}
         shapes[ANSWER[2]] = TensorShape("float32", ("B",))
         if self.stage.hands_on:
-            shapes |= _state_shapes(self.config, self.number, self.precision)
+            shapes |= self._state_shapes(self.number)
         return shapes
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
@@ -167,13 +171,15 @@ class StageGraph(nn.Module):
                 tensors.append(torch.randn(shape, generator=generator).to(DTYPES[self.precision]))
         return tuple(tensors)
 
-
-def _state_shapes(config: DVTConfig, number: int, precision: Precision) -> dict[str, TensorShape]:
-    """State that stage `number` leaves."""
-    grid = config.grids[number - 1]
-    n, channels = grid * grid, config.depth * config.num_heads
-    shapes: tuple[tuple[int | str, ...], ...] = (("B", *features_shape(config, grid)), ("B", channels, n + 1, n + 1))
-    # Named after the stage that leaves them: a graph may not have an input and an output of one name.
-    names = (f"features_{number}", f"relations_{number}")
-    dtype = str(DTYPES[precision]).removeprefix("torch.")
-    return {name: TensorShape(dtype, shape) for name, shape in zip(names, shapes, strict=True)}
+    def _state_shapes(self, number: int) -> dict[str, TensorShape]:
+        """State that stage `number` leaves."""
+        if self.aligned:
+            shapes = aligned.state_shapes(self.config, number)
+        else:
+            grid = self.config.grids[number - 1]
+            tokens, channels = grid * grid + 1, self.config.depth * self.config.num_heads
+            shapes = (features_shape(self.config, grid), (channels, tokens, tokens))
+        # Named after the stage that leaves them: a graph may not have an input and an output of one name.
+        names = (f"features_{number}", f"relations_{number}")
+        dtype = str(DTYPES[self.precision]).removeprefix("torch.")
+        return {name: TensorShape(dtype, ("B", *shape)) for name, shape in zip(names, shapes, strict=True)}

@@ -438,6 +438,10 @@ class _Graph:
         return nodes[::-1]
 
 
+VECTOR = 4  # float32 numbers that a thread reads at once
+PRODUCTS = ("MatMul", "AddedProduct")
+
+
 class _Joins:
     """Operators that are joined to one, each a kernel or more fewer:
 
@@ -445,6 +449,9 @@ class _Joins:
     - a normalisation that half precision leaves for float32 and comes back from: torch's own adds in float32, too, and
       only its weights are rounded
     - attention in half precision whose logits nobody else wants: none of its large matrices is written
+    - a product and a product that is added to it: the second is added to in place
+
+    Queries, keys and values that products take are laid out by head at once, or every product would do it for itself.
     """
 
     def __init__(self, nodes: Sequence[_Node], constants: dict[str, Tensor], outputs: frozenset[str]) -> None:
@@ -453,13 +460,22 @@ class _Joins:
         self._uses = Counter(name for node in nodes for name in node.inputs)
         self._uses.update(outputs)
         self._dropped: set[str] = set()
+        self._alike = set(constants)  # for all images
+        for node in nodes:
+            if node.operator == "Shape" or self._alike.issuperset(name for name in node.inputs if name):
+                self._alike.update(node.outputs)
         joined = [self._join(node) for node in nodes]
-        self.nodes = [node for node in joined if node.outputs[0] not in self._dropped]
+        kept = [node for node in joined if node.outputs[0] not in self._dropped]
+        by_head = {name for node in kept if node.operator in PRODUCTS for name in map(self._by_head, node.inputs)}
+        self.nodes = [
+            _Node("ByHead", node.inputs, node.outputs, node.attributes) if node.outputs[0] in by_head else node
+            for node in kept
+        ]
 
     def _join(self, node: _Node) -> _Node:
         match node.operator:
             case "Add":
-                return self._linear(node) or node
+                return self._linear(node) or self._added_product(node) or node
             case "Cast":
                 return self._half_normalization(node) or node
             case "MatMul":
@@ -480,6 +496,22 @@ class _Joins:
             if weight.dim() == 2 and self._constants[bias].shape == weight.shape[1:]:
                 self._dropped.add(name)
                 return _Node("Linear", (*product.inputs, bias), node.outputs, {})
+        return None
+
+    def _added_product(self, node: _Node) -> _Node | None:
+        product, summand = (self._for_this_alone(name, "MatMul") for name in node.inputs)
+        if product is None or summand is None or self._alike & {*product.inputs, *summand.outputs}:
+            return None
+        self._dropped.add(product.outputs[0])
+        return _Node("AddedProduct", (*summand.outputs, *product.inputs), node.outputs, {})
+
+    def _by_head(self, name: str) -> str | None:
+        """The transposition of (B, N, 3, h, d) to (3, B, h, N, d) that a part comes from."""
+        node = self._by_output.get(name)
+        while node is not None and node.operator in ("Transpose", "Squeeze", "Slice", "Split", "Gather"):
+            if node.get("perm", None) == [2, 0, 3, 1, 4]:
+                return node.outputs[0]
+            node = self._by_output.get(node.inputs[0])
         return None
 
     def _half_normalization(self, node: _Node) -> _Node | None:
@@ -673,7 +705,17 @@ def _layer_normalization(node: _Bound) -> Kernel:
     if any(node.node.outputs[1:]):
         raise BundleError("LayerNormalization that gives its mean is not known here")
     axis, epsilon = node.get("axis", -1), node.get("epsilon", 1e-5)
-    return lambda x, weight, bias=None: F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
+
+    def normalize(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shape = x.shape[axis:]
+        if len(shape) > 1 or shape[-1] % VECTOR == 0 or bias is None:
+            return F.layer_norm(x, shape, weight, bias, epsilon)
+        # Torch gives such a row, which it cannot read by vectors, a block of threads, of which most wait.
+        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        centred = (x - mean).mul_(torch.rsqrt(variance + epsilon))
+        return torch.addcmul(bias, centred, weight)
+
+    return normalize
 
 
 @_operator("HalfLayerNormalization")
@@ -707,6 +749,20 @@ def _plain_attention(node: _Bound) -> Kernel:  # noqa: ARG001
         return (logits if mask is None else logits + mask).softmax(dim=-1) @ v
 
     return attention
+
+
+@_operator("AddedProduct")
+def _added_product(node: _Bound) -> Kernel:  # noqa: ARG001
+    """What is added, a product that nobody else takes, and the two factors -> the sum."""
+
+    def add(summand: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        rows, columns = a.shape[-2:], b.shape[-2:]
+        if summand.shape != (*a.shape[:-1], columns[1]) or a.shape[:-2] != b.shape[:-2] or a.dim() < 3:
+            return a @ b + summand
+        flat = summand.reshape(-1, rows[0], columns[1])
+        return flat.baddbmm_(a.reshape(-1, *rows), b.reshape(-1, *columns)).view(summand.shape)
+
+    return add
 
 
 @_operator("Softmax")
@@ -768,6 +824,12 @@ def _flatten(node: _Bound) -> Kernel:
 def _transpose(node: _Bound) -> Kernel:
     order = node.get("perm", None)
     return lambda x: x.permute(order or list(range(x.dim()))[::-1])
+
+
+@_operator("ByHead")
+def _by_head(node: _Bound) -> Kernel:
+    transpose = _transpose(node)
+    return lambda x: transpose(x).contiguous()
 
 
 @_operator("Squeeze")

@@ -54,6 +54,7 @@ CASES: list[Case] = [
     ("Conv", [f32(B, 4, 9, 9), f32(8, 2, 3, 3)], {"group": 2, "pads": [0, 1, 2, 1], "dilations": [2, 2]}),
     ("Conv", [f32(B, 4, 9), f32(8, 4, 3)], {}),
     ("LayerNormalization", [f32(B, 4, 5), f32(5), f32(5)], {"epsilon": 1e-3}),
+    ("LayerNormalization", [f32(B, 4, 8), f32(8), f32(8)], {}),
     ("LayerNormalization", [f32(B, 4, 5), f32(4, 5)], {"axis": 1}),
     ("Softmax", [f32(B, 4, 5)], {"axis": 1}),
     ("Softmax", [f32(B, 4, 5)], {}),
@@ -175,6 +176,49 @@ def test_a_product_and_its_bias_are_one_operator(tmp_path: Path) -> None:
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     compare(tmp_path / "linear.onnx", proto, f32(B, 4, 5))
     assert [node.operator for node in torch_stage._Graph.read(tmp_path / "linear.onnx").nodes] == ["Linear"]
+
+
+def relation_bias(tmp_path: Path, mixed: str = "v") -> Path:
+    """Queries and keys out of one product, laid out by head, and a bias on their logits that is a product, too."""
+    heads, tokens, width = 2, 4, 3
+    nodes = [
+        helper.make_node("Reshape", ["x", "parts"], ["r"]),
+        helper.make_node("Transpose", ["r"], ["t"], perm=[2, 0, 3, 1, 4]),
+        helper.make_node("Split", ["t"], ["q5", "k5", "v5"], axis=0, num_outputs=3),
+        *[helper.make_node("Squeeze", [f"{name}5", "first"], [name]) for name in "qkv"],
+        helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["q", "kt"], ["logits"]),
+        helper.make_node("Transpose", [mixed], ["vt"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["w", "vt"], ["bias"]),
+        helper.make_node("Add", ["logits", "bias"], ["y"]),
+    ]
+    constants = {
+        "parts": i64(0, tokens, 3, heads, width),
+        "first": i64(0),
+        "w": f32(tokens, width),
+        "c": f32(B, heads, tokens, width),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "relations",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (B, tokens, 3 * heads * width))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    compare(tmp_path / "relations.onnx", proto, f32(B, tokens, 3 * heads * width))
+    return tmp_path / "relations.onnx"
+
+
+def test_a_product_is_added_to_another_in_place_and_heads_are_laid_out_once(tmp_path: Path) -> None:
+    operators = [node.operator for node in torch_stage._Graph.read(relation_bias(tmp_path)).nodes]
+    assert operators.count("ByHead") == operators.count("AddedProduct") == 1
+    assert operators.count("MatMul") == 1
+
+
+def test_a_product_that_is_alike_for_all_images_is_not_added_to_in_place(tmp_path: Path) -> None:
+    file = relation_bias(tmp_path, mixed="c")
+    assert "AddedProduct" not in [node.operator for node in torch_stage._Graph.read(file).nodes]
 
 
 def half_normalization() -> tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[int, ...]]:
