@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="+",
         choices=DESIGNS,
         default=tuple(DESIGNS),
-        help="(default all; ONNX Runtime 1.31 does not load int8 of models with a T2T tokeniser)",
+        help="(default all; of micro, ONNX Runtime 1.31 does not load the last stage in int8)",
     )
     parser.add_argument("--scaling", type=int, default=256, help="photos that find the scales (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=40, help="(default %(default)s)")

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from benchmarks import ablations, backbone, int8, precision
+from export.to_onnx import NORMALIZED
 from server.calibration.calibrate import read_image_folder
 from tests.conftest import CLASSES
 
@@ -259,3 +263,22 @@ def test_a_curve_of_half_the_cost_is_twice_as_cheap() -> None:
     plain = [(1.0, 0.5), (2.0, 0.7), (4.0, 0.8)]
     assert int8.cost_ratio(plain, [(cost / 2, accuracy) for cost, accuracy in plain]) == pytest.approx(2)
     assert int8.cost_ratio(plain, [(0.5, 0.5), (1.0, 0.7)]) == pytest.approx(2), "only where both are"
+
+
+def test_only_products_with_the_weights_of_the_body_become_integers() -> None:
+    def conv(name: str, source: str, side: int) -> onnx.NodeProto:
+        return helper.make_node("Conv", [source, "w"], [f"{name}_out"], name, kernel_shape=[side, side])
+
+    nodes = [
+        conv("first", NORMALIZED, 3),
+        conv("stem", "first_out", 3),
+        conv("relations", "relations_1", 1),
+        helper.make_node("LayerNormalization", ["x", "w"], ["normed"], "norm"),
+        helper.make_node("MatMul", ["normed", "w"], ["qkv_out"], "qkv"),
+        helper.make_node("MatMul", ["keys", "w"], ["upsampled"], "upsample_keys"),
+        helper.make_node("MatMul", ["w", "normed"], ["upsampled_too"], "upsample_queries"),
+        helper.make_node("Gemm", ["x", "w"], ["fc1_out"], "fc1"),
+        helper.make_node("Gemm", ["fc1_out", "w"], ["logits"], "head"),
+    ]
+    weights = [numpy_helper.from_array(np.ones((2, 2), np.float32), "w")]
+    assert int8.body_products(helper.make_graph(nodes, "stage", [], [], weights)) == ["stem", "qkv", "fc1"]
