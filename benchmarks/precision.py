@@ -91,18 +91,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _judge(report: Report, model: DVT, solving: Sequence[Example], judging: Sequence[Example]) -> None:
-    images = {"solving": _pixels(model.config, solving), "judging": _pixels(model.config, judging)}
-    labels = {"solving": _labels(solving), "judging": _labels(judging)}
+    images = {"solving": read_pixels(model.config, solving), "judging": read_pixels(model.config, judging)}
+    labels = {"solving": label_ids(solving), "judging": label_ids(judging)}
     report.add("images", f"{len(solving)} held out, {len(judging)} test", solving=len(solving), judging=len(judging))
     costs = [macs / 1e9 for macs in cumulative_macs(model)]
     plain: dict[str, Said] = {}
     for precision in PRECISIONS:
         print(f"{model.config.name} in {precision}", file=sys.stderr)
-        graphs = _graphs(model, precision)
+        graphs = stage_graphs(model, precision)
         said = {name: _in_modules(graphs, images[name]) for name in images}
-        frontier = sweep(*_arrays(said["solving"].records(labels["solving"])), costs)
+        frontier = sweep(*arrays(said["solving"].records(labels["solving"])), costs)
         records = said["judging"].records(labels["judging"])
-        _add_evaluation(report, precision, evaluate(frontier, records))
+        add_evaluation(report, precision, evaluate(frontier, records))
         _check_extremes(report, model.config.name, graphs)
         if precision == "fp32":
             plain, thresholds = said, {share: frontier.by_gmacs(share * costs[-1]) for share in SHARES}
@@ -130,7 +130,7 @@ def _judge(report: Report, model: DVT, solving: Sequence[Example], judging: Sequ
             )
 
 
-def _add_evaluation(report: Report, precision: str, judged: Evaluation) -> None:
+def add_evaluation(report: Report, precision: str, judged: Evaluation) -> None:
     exits = ", ".join(f"{accuracy:.2%}" for accuracy in judged.exit_accuracy)
     points = {name: judged.points[name] for name in judged.points if name != "knee"}
     budgets = ", ".join(f"{name} {row.accuracy:.2%} at {row.gmacs * 1e3:.1f} MMAC" for name, row in points.items())
@@ -172,7 +172,7 @@ def _compare_seeded(report: Report, variant: str, count: int) -> None:
     plain: Said | None = None
     for precision in PRECISIONS:
         print(f"{model.config.name} in {precision}", file=sys.stderr)
-        graphs = _graphs(model, precision)
+        graphs = stage_graphs(model, precision)
         said = _in_modules(graphs, images)
         _check_extremes(report, variant, graphs)
         if plain is None:
@@ -229,12 +229,12 @@ def _rounded(x: Tensor) -> Tensor:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def _graphs(model: DVT, precision: Precision) -> list[StageGraph]:
+def stage_graphs(model: DVT, precision: Precision) -> list[StageGraph]:
     return [StageGraph(model, number, precision=precision) for number in range(1, model.config.num_stages + 1)]
 
 
 def _in_modules(graphs: Sequence[StageGraph], images: Images) -> Said:
-    return _joined([run_modules(graphs, batch) for batch in _batches(images)])
+    return joined([run_modules(graphs, batch) for batch in in_batches(images)])
 
 
 def _in_runtime(graphs: Sequence[StageGraph], images: Images) -> Said:
@@ -243,14 +243,14 @@ def _in_runtime(graphs: Sequence[StageGraph], images: Images) -> Said:
         for graph in graphs:
             write_onnx(graph, Path(folder) / "stage.onnx")
             sessions.append(open_session((Path(folder) / "stage.onnx").read_bytes()))
-    return _joined([run_cascade(graphs, sessions, batch) for batch in _batches(images)])
+    return joined([run_cascade(graphs, sessions, batch) for batch in in_batches(images)])
 
 
-def _batches(images: Images) -> list[Images]:
+def in_batches(images: Images) -> list[Images]:
     return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
 
 
-def _joined(parts: Sequence[Sequence[Tensors]]) -> Said:
+def joined(parts: Sequence[Sequence[Tensors]]) -> Said:
     """Of batches, what each exit answered."""
     logits, confidence = (
         np.concatenate([np.stack([answer[name] for answer in part]) for part in parts], axis=1)
@@ -259,11 +259,11 @@ def _joined(parts: Sequence[Sequence[Tensors]]) -> Said:
     return Said(logits, confidence)
 
 
-def _arrays(records: Records) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def arrays(records: Records) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     return records.confidence, records.correct
 
 
-def _pixels(config: DVTConfig, examples: Sequence[Example]) -> Images:
+def read_pixels(config: DVTConfig, examples: Sequence[Example]) -> Images:
     how, limits = _preprocessing(config), ImageLimits()
     return np.stack([decode(file.read_bytes(), None, how, limits) for file, _ in examples])
 
@@ -272,7 +272,7 @@ def _preprocessing(config: DVTConfig) -> Preprocessing:
     return Preprocessing(config.resize, (config.image_size, config.image_size))
 
 
-def _labels(examples: Sequence[Example]) -> NDArray[np.int64]:
+def label_ids(examples: Sequence[Example]) -> NDArray[np.int64]:
     return np.array([label for _, label in examples])
 
 
