@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import Options, Report, finish, parse
-from benchmarks.small_models import log, records, trained
+from benchmarks.small_models import epochs_of, log, records, trained
 from model.flops import cumulative_macs
 from model.recipes import RECIPES
 from server.bundle.frontier import evaluate_thresholds
@@ -40,12 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(options: Options) -> Report:
     recipe = RECIPES[options.recipe]
     recipe = replace(recipe, epochs=options.epochs or recipe.epochs)
-    report = Report("backbone", figures={"recipe": options.recipe, "epochs": recipe.epochs, "seeds": options.seeds})
+    name = "backbone" if options.recipe == "cifar10" else f"backbone_{options.recipe}"
+    report = Report(name, figures={"recipe": options.recipe, "seeds": options.seeds})
     for seed in range(options.seeds):
         dvt = trained(options.train, options.runs / f"dvt-seed{seed}", replace(recipe, seed=seed))
         alone_changes = {**recipe.changes, "grids": dvt.config.grids[-1:]}
         alone_recipe = replace(recipe, seed=seed, changes=alone_changes)
         alone = trained(options.train, options.runs / f"alone-seed{seed}", alone_recipe)
+        epochs = [epochs_of(options.runs / f"{name}-seed{seed}") for name in ("dvt", "alone")]
+        report.add(
+            f"seed {seed}: epochs of the last run", "{} and {}".format(*epochs), **{f"seed{seed}_epochs": epochs}
+        )
 
         [alone_macs] = cumulative_macs(alone)
         alone_logged = log(alone, recipe, options.train, options.test)

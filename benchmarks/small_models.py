@@ -26,6 +26,11 @@ def trained(images: Path, out: Path, recipe: Recipe) -> DVT:
     return load_model(finished)[0]
 
 
+def epochs_of(out: Path) -> int:
+    """That the run in the folder `out` took; one that began with other weights does not count theirs."""
+    return int(load_model(out / "model.safetensors")[1]["epochs"])
+
+
 Logged = dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]]
 """Per slice, "held-out" and "test": logits (E, N, K) and labels (N,)."""
 
