@@ -85,11 +85,11 @@ def verify_int8(model: DVT, graphs: Sequence[StageGraph], sessions: Sequence[Any
     differences = []
     for number, (out, want) in enumerate(zip(outputs, torch_logits(model, photos), strict=True), start=1):
         off = np.abs(out["logits"] - want)
-        share = float(np.sqrt((off**2).mean()) / want.std())
-        if not share <= MAX_INT8_DIFFERENCE:  # also where the logits are all alike
+        typical, deviation = float(np.sqrt((off**2).mean())), float(want.std())
+        if not typical <= MAX_INT8_DIFFERENCE * deviation:
             raise VerificationError(
-                f"exit {number}: logits in int8 are off by {share:.2f} of their deviation, more than "
-                f"{MAX_INT8_DIFFERENCE}; leave the model in fp32, or find its scales on other images"
+                f"exit {number}: logits in int8 are off by {typical:.2g}, more than {MAX_INT8_DIFFERENCE} of their "
+                f"deviation, {deviation:.2g}; leave the model in fp32, or find its scales on other images"
             )
         differences.append(float(off.max()))
     return Parity(len(photos), tuple(differences), True)
