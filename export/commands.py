@@ -37,10 +37,18 @@ def export(
     precision: Annotated[
         str,
         typer.Option(
-            metavar="fp32|fp16|bf16",
-            help="fp32: graphs for CPUs. fp16 or bf16: graphs for GPUs, whose attention, MLPs and state are in it.",
+            metavar="fp32|fp16|bf16|int8",
+            help="fp32: graphs for CPUs. fp16 or bf16: graphs for GPUs, whose attention, MLPs and state are in it. "
+            "int8: graphs for CPUs, whose products with weights are in 8-bit integers; needs --images.",
         ),
     ] = "fp32",
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Image folder that finds the scales of int8, best the training's: its held-out slice is left alone.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint as a bundle: one ONNX file per stage, run and compared with PyTorch.
@@ -53,20 +61,27 @@ def export(
       dvt export runs/photo10/model.safetensors photo10-bundle
       dvt export runs/photo10/model.safetensors photo10-entropy --criterion entropy
       dvt export runs/photo10/model.safetensors photo10-fp16 --precision fp16
+      dvt export runs/photo10/model.safetensors photo10-int8 --precision int8 --images photo10/train
     """
     if criterion not in ("max_probability", "entropy"):
         raise click.UsageError(f"--criterion is max_probability or entropy, not {criterion}")
-    if precision not in ("fp32", "fp16", "bf16"):
-        raise click.UsageError(f"--precision is fp32, fp16 or bf16, not {precision}")
+    if precision not in ("fp32", "fp16", "bf16", "int8"):
+        raise click.UsageError(f"--precision is fp32, fp16, bf16 or int8, not {precision}")
+    if precision == "int8" and images is None:
+        raise click.UsageError("--precision int8 needs --images FOLDER: photos, best the training's, find its scales")
+    if precision != "int8" and images is not None:
+        raise click.UsageError(f"--images finds the scales of --precision int8; {precision} has none")
     from tqdm import tqdm
 
-    from export.half import Precision
+    from export.int8 import BundlePrecision
     from export.verify import VerificationError
     from export.write import export_checkpoint
     from server.bundle.frontier import Criterion
+    from server.calibration.calibrate import CalibrationError
 
     notices: list[str] = []
-    with tqdm(total=5, disable=as_json or not sys.stderr.isatty(), bar_format="{desc} {bar} {elapsed}") as bar:
+    steps = 6 if precision == "int8" else 5
+    with tqdm(total=steps, disable=as_json or not sys.stderr.isatty(), bar_format="{desc} {bar} {elapsed}") as bar:
 
         def progress(what: str) -> None:
             bar.set_description(what)
@@ -79,9 +94,10 @@ def export(
                 progress,
                 cast(Criterion, criterion),
                 notices.append,
-                cast(Precision, precision),
+                cast(BundlePrecision, precision),
+                images,
             )
-        except (ValueError, OSError, VerificationError) as error:
+        except (ValueError, OSError, VerificationError, CalibrationError) as error:
             raise click.ClickException(said(error)) from None
     for notice in notices:
         click.echo(f"note: {notice}", err=True)

@@ -23,6 +23,10 @@ MAX_LOGIT_DIFFERENCE = 1e-4  # fp32 in another order of summation: differences s
 # Half precision, as a share of an exit's largest logit: 16 units of rounding, 2^-11 in fp16 and 2^-8 in bf16. Seen are
 # 1 to 5 in all variants, as roundings of dozens of operators cancel; a wrong operator is off by as much as the logits.
 MAX_HALF_DIFFERENCE = {"fp16": 16 * 2.0**-11, "bf16": 16 * 2.0**-8}
+# In int8, on photos: the root mean square of an exit's differences, as a share of the deviation of its logits. Seen is
+# 0.03 of photo10; a wrong operator, or scales for other tensors, come to 1.
+MAX_INT8_DIFFERENCE = 0.125
+PHOTOS = 32  # of those that found the scales
 NOISE = 4  # images of it, beside a black one, a white one and a single bright pixel: where overflows show
 
 Tensors = dict[str, NDArray[Any]]
@@ -62,6 +66,39 @@ def verify(model: DVT, graphs: Sequence[StageGraph], sessions: Sequence[Any]) ->
         return Parity(len(images), differences, True)
     rounded = _compare(run_modules(graphs, images), reference, precision)
     return Parity(len(images), tuple(map(max, differences, rounded)), False)
+
+
+def verify_int8(model: DVT, graphs: Sequence[StageGraph], sessions: Sequence[Any], photos: NDArray[np.uint8]) -> Parity:
+    """As `verify`, for sessions of quantised stages, whose graphs in fp32 passed there.
+
+    Raises VerificationError where an exit's logits for `photos`, (B, S, S, 3), differ by more than MAX_INT8_DIFFERENCE
+    of their deviation, or are not finite for any image, or a row depends on its batch. Noise is not what scales are
+    for: of it only that is looked at.
+    """
+    images = example_images(model.config.image_size)
+    together = run_cascade(graphs, sessions, images)
+    _check_finite(together)
+    _check_batches(graphs, sessions, images, together)
+    photos = photos[:: -(-len(photos) // PHOTOS)]
+    outputs = run_cascade(graphs, sessions, photos)
+    _check_finite(outputs)
+    differences = []
+    for number, (out, want) in enumerate(zip(outputs, torch_logits(model, photos), strict=True), start=1):
+        off = np.abs(out["logits"] - want)
+        typical, deviation = float(np.sqrt((off**2).mean())), float(want.std())
+        if not typical <= MAX_INT8_DIFFERENCE * deviation:
+            raise VerificationError(
+                f"exit {number}: logits in int8 are off by {typical:.2g}, more than {MAX_INT8_DIFFERENCE} of their "
+                f"deviation, {deviation:.2g}; leave the model in fp32, or find its scales on other images"
+            )
+        differences.append(float(off.max()))
+    return Parity(len(photos), tuple(differences), True)
+
+
+def _check_finite(outputs: Sequence[Tensors]) -> None:
+    for number, out in enumerate(outputs, start=1):
+        if not np.isfinite(out["logits"]).all():
+            raise VerificationError(f"exit {number}: logits are not finite in int8")
 
 
 def example_images(size: int) -> NDArray[np.uint8]:

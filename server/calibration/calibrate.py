@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from server.bundle.frontier import NEVER, Frontier, FrontierRow, Records
-from server.bundle.manifest import Bundle
+from server.bundle.manifest import Bundle, Preprocessing
 from server.calibration.evaluate import SHARES
 from server.calibration.every_stage import every_stage
 from server.calibration.guarantee import certify, losses, split, upper_bound
@@ -143,7 +143,7 @@ def record(
     limits = limits or ImageLimits()
 
     def run(batch: Sequence[Example]) -> tuple[Floats, NDArray[np.bool_]]:
-        pixels = [_read(file, bundle, limits) for file, _ in batch]
+        pixels = [read_pixels(file, bundle.preprocessing, limits) for file, _ in batch]
         return _judge(engine, pixels, np.array([label for _, label in batch]))
 
     with (
@@ -186,9 +186,10 @@ def _entries(folder: Path) -> list[Path]:
         raise CalibrationError(f"{folder}: {cause(error)}") from None
 
 
-def _read(file: Path, bundle: Bundle, limits: ImageLimits) -> NDArray[np.uint8]:
+def read_pixels(file: Path, how: Preprocessing, limits: ImageLimits | None = None) -> NDArray[np.uint8]:
+    """As the server would see the image. Raises CalibrationError for one that cannot be read."""
     try:
-        return decode(read_file(file, _MAX_IMAGE_BYTES), None, bundle.preprocessing, limits)
+        return decode(read_file(file, _MAX_IMAGE_BYTES), None, how, limits or ImageLimits())
     except ServeError as error:
         raise CalibrationError(f"{file}: {error.detail}") from error
     except (OSError, ValueError) as error:

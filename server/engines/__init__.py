@@ -28,7 +28,8 @@ def load_engine(
     engine_dir: Path | None = None,
     build_engines: bool = False,
 ) -> Engine:
-    """The engine of this name for a bundle on this machine; "auto" takes the best that is really there.
+    """The engine of this name for a bundle on this machine; "auto" takes the best that is really there,
+    for a bundle in int8 the CPU.
 
     `max_batch_sizes` overrides what the engine says pays, per stage, `executors` how many batches it says pay at once.
     `max_slots`: states that it should be able to hold beside those of batches that run. `engine_dir`: where TensorRT's
@@ -52,7 +53,8 @@ def load_engine(
             build_engines=build_engines,
         )
 
-    if engine == "auto" and visible_gpus():
+    on_cpus = bundle.manifest.precision == gpu.FOR_CPUS
+    if engine == "auto" and not on_cpus and visible_gpus():
         for name in gpu.NAMES:
             try:
                 return on_gpu(name)
@@ -62,7 +64,7 @@ def load_engine(
         return on_gpu(engine)
     elif engine not in ("auto", "onnx"):
         raise EngineUnavailable(f"there is no engine {engine}; there are {', '.join(('onnx', *gpu.NAMES))}")
-    if engine == "auto" and bundle.manifest.precision != "fp32":
+    if engine == "auto" and not on_cpus and bundle.manifest.precision != "fp32":
         raise EngineUnavailable(
             f"{bundle.path}: is in {bundle.manifest.precision}, which is for GPUs, and there is none that could run it "
             "here; export it with --precision fp32, or ask for --engine onnx"

@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU: one session per stage, shared by all executor threads, each run on one core.
 
 One single-threaded run per core beats one run over all cores: small matrices leave little to split, and nobody waits
-for the slowest thread. A stage in fp32 is bitwise equal at every batch size, so batching never changes an answer. One
-in fp16, which is for calibrating without a GPU, need not be.
+for the slowest thread. A stage in fp32 or int8 is bitwise equal at every batch size, so batching never changes an
+answer. One in fp16, which is for calibrating without a GPU, need not be.
 
 State between stages: what the next stage takes besides the image, copied row by row out of the batch's output when the
 row survives. A view would save that copy (1-2 % of a stage's time), but the runtime's outputs lie in its arena, and a

@@ -206,7 +206,7 @@ def test_bf16_is_refused_on_a_cpu_in_one_line_that_says_what_to_do(bf16: Bundle,
 
 
 def test_an_unknown_precision_is_refused(tmp_path: Path):
-    ran = CliRunner().invoke(build(), ["export", "x.safetensors", str(tmp_path / "y"), "--precision", "int8"])
+    ran = CliRunner().invoke(build(), ["export", "x.safetensors", str(tmp_path / "y"), "--precision", "int4"])
     assert isinstance(ran.exception, click.UsageError)
 
 

@@ -16,6 +16,8 @@ from server.engines.gpu.stage import Stage
 from server.engines.tensorrt.stage import TensorRTFailed
 from server.errors import BundleError, EngineUnavailable
 
+FOR_CPUS = "int8"  # a precision that no GPU would gain by: its scales and what stays float are chosen for CPUs
+
 Stages = tuple[Sequence[Stage], str]
 """And what runs them, with its version."""
 
@@ -40,6 +42,11 @@ def load(
     """A warm engine: what its graphs ask of the device, and whether there is memory for all of it, shows only then.
 
     Raises EngineUnavailable where it cannot run here, BundleError for a bundle that it cannot run."""
+    if bundle.manifest.precision == FOR_CPUS:
+        raise BundleError(
+            f"{bundle.path}: is in {FOR_CPUS}, which is for CPUs, and {name} does not run it; ask for --engine onnx, "
+            "or export it with --precision fp16"
+        )
     if not visible_gpus():
         raise EngineUnavailable(f"the engine {name} needs an NVIDIA GPU, and none is here; ask for --engine onnx")
     largest = tuple(max_batch_sizes or [LARGEST_BATCH] * len(bundle.manifest.stages))

@@ -13,7 +13,8 @@ from server.engines import load_engine
 from server.engines.gpu.load import NAMES
 from server.engines.gpu.probe import visible_gpus
 from server.engines.onnx import OnnxEngine
-from server.errors import EngineUnavailable
+from server.engines.tensorrt.bundles import check_precision
+from server.errors import BundleError, EngineUnavailable
 from server.settings import ENGINES
 from tests.server.engines.small_stages import write_bundle
 
@@ -58,6 +59,32 @@ def test_an_engine_that_needs_a_gpu_says_so(bundle: Bundle, name: str) -> None:
 def test_an_engine_that_nobody_knows_is_an_error_that_names_the_others(bundle: Bundle) -> None:
     with pytest.raises(EngineUnavailable, match="no engine abacus; there are onnx, tensorrt, torch-cuda, onnx-cuda"):
         load_engine(bundle, engine="abacus")
+
+
+@pytest.fixture
+def int8(bundle: Bundle) -> Bundle:
+    manifest = bundle.path / "bundle.json"
+    manifest.write_text(manifest.read_text().replace('"precision": "fp32"', '"precision": "int8"'))
+    return Bundle.load(bundle.path, need_frontier=False)
+
+
+@pytest.mark.parametrize("engine", ["auto", "onnx"])
+def test_integers_run_on_the_cpu_also_where_there_is_a_gpu(int8: Bundle, engine: str) -> None:
+    with closing(load_engine(int8, engine=engine)) as loaded:
+        assert isinstance(loaded, OnnxEngine)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integers_are_refused_on_a_gpu_in_one_line_that_says_what_to_do(int8: Bundle, name: str) -> None:
+    line = f"is in int8, which is for CPUs, and {name} does not run it; ask for --engine onnx, or export it with "
+    with pytest.raises(BundleError, match=line) as refused:
+        load_engine(int8, engine=name)
+    assert "\n" not in str(refused.value)
+
+
+def test_no_plans_are_made_of_integers(int8: Bundle) -> None:
+    with pytest.raises(BundleError, match="TensorRT runs half precision, and this bundle is int8; export one for it"):
+        check_precision(int8)
 
 
 @without_gpu
