@@ -2,11 +2,8 @@
 
     taskset -c 0,1 python -m benchmarks.int8 photo10/train photo10/test --out
 
-Quantisation is ONNX Runtime's, static: scales are known before an image comes, so no image can move another's answer,
-as it can where scales are taken from the batch. They are found on photos of the first folder that training saw, and
-that solve no frontier. Weights have a scale for each output channel. What is quantised are the products with weights:
-convolutions of the tokeniser, linear layers of the blocks and of feature reuse. Norms, softmax, attention with its
-logits, relation reuse, the head and the state between stages stay float, and so does what linear layers give.
+What is quantised, and how, is `export.int8`'s. Scales are found on photos of the first folder that training saw, and
+that solve no frontier.
 
 Three designs: `uint8`, activations with a zero point; `uint8_7bit`, the same with weights of 7 bits, whose sums of
 products do not overflow on CPUs without VNNI instructions either; `int8`, activations without a zero point, as GPUs
@@ -23,19 +20,16 @@ Legend: N images, E exits, R rows of a frontier.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import QuantType
 
 from benchmarks.backbone import cost_of
 from benchmarks.harness import RESULTS, Report, command_line, finish
@@ -51,20 +45,19 @@ from benchmarks.precision import (
     read_pixels,
     stage_graphs,
 )
+from export.int8 import BATCH, DESIGN, SCALING, Design, quantise, scaling_images
 from export.stage import IMAGE, StageGraph
-from export.to_onnx import NORMALIZED, write_onnx
+from export.to_onnx import write_onnx
 from export.verify import Tensors, run_cascade
 from model.checkpoint import load_model
 from model.flops import cumulative_macs
 from server.bundle.frontier import Frontier, Records, exits_taken
-from server.calibration.calibrate import Example, read_image_folder
+from server.calibration.calibrate import read_image_folder
 from server.calibration.evaluate import SHARES, evaluate
 from server.calibration.sweep import sweep
 from server.engines.onnx import largest_batch_that_pays, open_session
 
 PLAIN = "fp32"
-QUANTISED = ("Conv", "Gemm", "MatMul")
-BATCH = 16  # of what finds the scales
 TOGETHER = 33  # images of one batch whose rows are compared with those of smaller ones
 DRAWS = 200
 STEPS = 101  # accuracies at which two curves are compared
@@ -72,19 +65,9 @@ STEPS = 101  # accuracies at which two curves are compared
 Sessions = Sequence[InferenceSession]
 Points = list[tuple[float, float]]  # ms, accuracy
 
-
-@dataclass(frozen=True)
-class Design:
-    """How activations and weights become whole numbers."""
-
-    activations: QuantType
-    symmetric: bool  # no zero point
-    weight_bits: int
-
-
 DESIGNS = {
     "uint8": Design(QuantType.QUInt8, symmetric=False, weight_bits=8),
-    "uint8_7bit": Design(QuantType.QUInt8, symmetric=False, weight_bits=7),
+    "uint8_7bit": DESIGN,  # as `dvt export` writes it
     "int8": Design(QuantType.QInt8, symmetric=True, weight_bits=8),
 }
 
@@ -102,7 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         default=tuple(DESIGNS),
         help="(default all; of micro, ONNX Runtime 1.31 does not load the last stage in int8)",
     )
-    parser.add_argument("--scaling", type=int, default=256, help="photos that find the scales (default %(default)s)")
+    parser.add_argument(
+        "--scaling", type=int, default=SCALING, help="photos that find the scales (default %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=40, help="(default %(default)s)")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder for int8.json")
     options = parser.parse_args(arguments)
@@ -118,7 +103,7 @@ def _measure(report: Report, folder: Path, options: argparse.Namespace) -> None:
     config = model.config
     solving = read_image_folder(options.train, config.labels, fraction=options.held_out)
     judging = read_image_folder(options.test, config.labels)
-    scaling = held_in(read_image_folder(options.train, config.labels), solving, options.scaling)
+    scaling = scaling_images(options.train, config.labels, options.held_out, options.scaling)
     images = {"solving": read_pixels(config, solving), "judging": read_pixels(config, judging)}
     labels = {"solving": label_ids(solving), "judging": label_ids(judging)}
     numbers = {"solving": len(solving), "judging": len(judging), "scaling": len(scaling)}
@@ -136,7 +121,7 @@ def _measure(report: Report, folder: Path, options: argparse.Namespace) -> None:
         print(f"{config.name} in {name}", file=sys.stderr)
         files[name] = [folder / f"{name}-{file.name}" for file in files[PLAIN]]
         for before, after, feeds in zip(files[PLAIN], files[name], inputs, strict=True):
-            quantise(before, after, DESIGNS[name], feeds)
+            quantise(before, after, _rows_in_batches(feeds), DESIGNS[name])
         sessions[name] = [open_session(file) for file in files[name]]
 
     for name in sessions:
@@ -165,75 +150,6 @@ def _measure(report: Report, folder: Path, options: argparse.Namespace) -> None:
     _compare_by_time(report, records, times)
 
 
-# --- quantising -------------------------------------------------------------------------------------------------------
-
-
-def quantise(before: Path, after: Path, design: Design, feeds: Tensors) -> None:
-    """Write the graph of `before` with its products in whole numbers, scales from what it does with `feeds`."""
-    proto = onnx.load(before)
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it advises a preparation of shapes, which this wants none of
-    try:
-        quantize_static(
-            proto,
-            after,
-            _Reader(feeds),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTISED,
-            nodes_to_quantize=body_products(proto.graph),
-            per_channel=True,
-            reduce_range=design.weight_bits == 7,
-            activation_type=design.activations,
-            weight_type=QuantType.QInt8,
-            # What linear layers give goes on in float, into sums and norms. A convolution has no kernel for that.
-            extra_options={
-                "ActivationSymmetric": design.symmetric,
-                "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
-            },
-        )
-    finally:
-        root.setLevel(level)
-
-
-def body_products(graph: onnx.GraphProto) -> list[str]:
-    """The nodes to quantise.
-
-    Of the convolutions not those of relation reuse, which see single values of attention logits, and not the first:
-    in whole numbers the runtime moves the normalisation behind the transposition to channels last, where to stretch
-    three factors over the image takes longer than the convolution. Of the linear layers not the head, which is the
-    last. Of other products only that of a norm's outcome, as upsampling multiplies with constants, too.
-    """
-    weights = {tensor.name for tensor in graph.initializer}
-    normed = {node.output[0] for node in graph.node if node.op_type == "LayerNormalization"}
-    head = [node.name for node in graph.node if node.op_type == "Gemm"][-1]
-    chosen = []
-    for node in graph.node:
-        match node.op_type:
-            case "Conv":
-                sides = next(attribute.ints for attribute in node.attribute if attribute.name == "kernel_shape")
-                wanted = max(sides) > 1 and node.input[0] != NORMALIZED
-            case "Gemm":
-                wanted = node.name != head
-            case "MatMul":
-                wanted = node.input[0] in normed and node.input[1] in weights
-            case _:
-                wanted = False
-        if wanted:
-            chosen.append(node.name)
-    return chosen
-
-
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Hands out batches until none is left, as the runtime asks for them."""
-
-    def __init__(self, feeds: Tensors) -> None:
-        self._batches = _rows_in_batches(feeds)
-
-    def get_next(self) -> Tensors | None:
-        return next(self._batches, None)
-
-
 def _rows_in_batches(feeds: Tensors) -> Iterator[Tensors]:
     for start in range(0, len(feeds[IMAGE]), BATCH):
         yield {name: rows[start : start + BATCH] for name, rows in feeds.items()}
@@ -247,13 +163,6 @@ def _inputs(graphs: Sequence[StageGraph], sessions: Sessions, images: Images) ->
         inputs.append({name: images if name == IMAGE else left[name] for name in graph.inputs()})
         left = answers
     return inputs
-
-
-def held_in(everything: Sequence[Example], held_out: Sequence[Example], count: int) -> list[Example]:
-    """So many of what training saw, at even steps of a list that is in order of classes."""
-    kept = set(held_out)
-    rest = [example for example in everything if example not in kept]
-    return [rest[at * len(rest) // count] for at in range(min(count, len(rest)))]
 
 
 def _vector_instructions() -> list[str]:

@@ -8,15 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
 
 from benchmarks import ablations, backbone, int8, precision
-from export.to_onnx import NORMALIZED
-from server.calibration.calibrate import read_image_folder
-from tests.conftest import CLASSES
 from tests.server.engines.tensorrt.half_graphs import half_graph
 from tests.server.engines.tensorrt.tiny_bundle import write_bundle
 
@@ -261,36 +255,7 @@ def test_integers_are_held_against_fp32(image_folder: Path, micro_checkpoint: Pa
     assert figures["uint8_confidence_mean"] != figures["uint8_7bit_confidence_mean"]
 
 
-def test_what_finds_the_scales_solves_no_frontier(image_folder: Path) -> None:
-    everything = read_image_folder(image_folder, CLASSES)
-    held_out = read_image_folder(image_folder, CLASSES, fraction=0.25)
-    held_in = int8.held_in(everything, held_out, 40)
-    assert len(held_in) == len(set(held_in)) == 40
-    assert not set(held_in) & set(held_out)
-    assert {label for _, label in held_in} == set(range(len(CLASSES)))
-    assert len(int8.held_in(everything, held_out, 10**6)) == len(everything) - len(held_out)
-
-
 def test_a_curve_of_half_the_cost_is_twice_as_cheap() -> None:
     plain = [(1.0, 0.5), (2.0, 0.7), (4.0, 0.8)]
     assert int8.cost_ratio(plain, [(cost / 2, accuracy) for cost, accuracy in plain]) == pytest.approx(2)
     assert int8.cost_ratio(plain, [(0.5, 0.5), (1.0, 0.7)]) == pytest.approx(2), "only where both are"
-
-
-def test_only_products_with_the_weights_of_the_body_become_integers() -> None:
-    def conv(name: str, source: str, side: int) -> onnx.NodeProto:
-        return helper.make_node("Conv", [source, "w"], [f"{name}_out"], name, kernel_shape=[side, side])
-
-    nodes = [
-        conv("first", NORMALIZED, 3),
-        conv("stem", "first_out", 3),
-        conv("relations", "relations_1", 1),
-        helper.make_node("LayerNormalization", ["x", "w"], ["normed"], "norm"),
-        helper.make_node("MatMul", ["normed", "w"], ["qkv_out"], "qkv"),
-        helper.make_node("MatMul", ["keys", "w"], ["upsampled"], "upsample_keys"),
-        helper.make_node("MatMul", ["w", "normed"], ["upsampled_too"], "upsample_queries"),
-        helper.make_node("Gemm", ["x", "w"], ["fc1_out"], "fc1"),
-        helper.make_node("Gemm", ["fc1_out", "w"], ["logits"], "head"),
-    ]
-    weights = [numpy_helper.from_array(np.ones((2, 2), np.float32), "w")]
-    assert int8.body_products(helper.make_graph(nodes, "stage", [], [], weights)) == ["stem", "qkv", "fc1"]
