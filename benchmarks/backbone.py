@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(options: Options) -> Report:
     recipe = RECIPES[options.recipe]
     recipe = replace(recipe, epochs=options.epochs or recipe.epochs)
-    name = "backbone" if options.recipe == "cifar10" else f"backbone_{options.recipe}"
+    name = "backbone_photo10" if options.recipe == "photo10" else "backbone"  # the embedded model has a file of its own
     report = Report(name, figures={"recipe": options.recipe, "seeds": options.seeds})
     for seed in range(options.seeds):
         dvt = trained(options.train, options.runs / f"dvt-seed{seed}", replace(recipe, seed=seed))
