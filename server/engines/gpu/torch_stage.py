@@ -279,7 +279,7 @@ class TorchContext:
         kept: dict[int, Tensor] = {}
         for step in self._steps:
             for a in step.arguments:
-                if isinstance(a, Tensor) and id(a) not in shared | kept.keys():
+                if isinstance(a, Tensor) and id(a) not in shared and id(a) not in kept:
                     kept[id(a)] = a.clone()
             step.arguments = tuple(kept.get(id(a), a) if isinstance(a, Tensor) else a for a in step.arguments)
 
