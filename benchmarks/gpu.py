@@ -34,7 +34,8 @@ from benchmarks.harness import RESULTS, Options, Report, command_line, failure, 
 from benchmarks.seeded_graphs import fill
 from server.bundle.manifest import MANIFEST
 
-ENGINES = ("torch-cuda", "tensorrt", "onnx-cuda", "fake")
+FILES = {"torch-cuda-compiled": "gpu_compiled"}  # beside the other's
+ENGINES = ("torch-cuda", "torch-cuda-compiled", "tensorrt", "onnx-cuda", "fake")
 MINUTES = 4.5  # for which the parts' times are meant; with fewer they shrink alike
 GRACE_S = 40.0  # beyond its time, before a part is ended: engines are opened within
 LAST_S = 10.0  # beyond the minutes
@@ -117,6 +118,7 @@ def _parse(arguments: list[str] | None) -> Options:
     parser.add_argument("--engine", choices=ENGINES, default="torch-cuda", help="(default %(default)s)")
     parser.add_argument("--bundles", type=Path, required=True, help="folder of the bundles, see above")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="(default %(default)s)")
+    parser.add_argument("--sizes", type=int, nargs="+", help="batch sizes of all engines (default: each part's own)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default %(default)s)")
     parser.add_argument("--only", nargs="+", default=[""], help="parts whose names begin so (default all)")
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that every part runs")
@@ -130,7 +132,7 @@ class Document:
     """The file of results, and the table: written with every line that a part reports."""
 
     def __init__(self, options: Options) -> None:
-        self._file = None if options.out is None else options.out / "gpu.json"
+        self._file = None if options.out is None else options.out / f"{FILES.get(options.engine, 'gpu')}.json"
         self._parts: dict[str, dict[str, Any]] = {}
         self._began = time.monotonic()
         self._document: dict[str, Any] = {

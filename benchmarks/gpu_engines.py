@@ -4,10 +4,13 @@ for which the host waits for the device is counted."""
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,8 +37,8 @@ class Opened:
     seconds: float
 
     def sizes(self, wanted: Sequence[int]) -> list[int]:
-        """Those that the first stage takes."""
-        return [size for size in wanted if size <= self.engine.max_batch_sizes[0]]
+        """Those that the first stage has a program for."""
+        return [size for size in wanted if size in self.stages[0].batch_sizes]
 
 
 class Timed:
@@ -113,14 +116,19 @@ def open_engine(
 def _load(kind: str, bundle: Bundle, sizes: Sequence[Sequence[int]]) -> tuple[Device, Sequence[Stage], str]:
     """The device, the bundle's stages on it, and what runs them."""
     # Each needs an installation of its own: imported where it is chosen.
-    if kind == "torch-cuda":
+    if kind in ("torch-cuda", "torch-cuda-compiled"):
         import torch
 
         from server.engines.gpu import torch_stage
         from server.engines.gpu.cuda import CudaDevice
 
-        place = torch_stage.CudaPlace()
-        return CudaDevice(), torch_stage.load(bundle, place, sizes), f"torch {torch.__version__}"
+        place, compile_ = torch_stage.CudaPlace(tf32=bundle.manifest.precision != "fp32"), None
+        if kind == "torch-cuda-compiled":
+            from server.engines.gpu.torch_compile import compiler
+
+            compile_ = compiler(Path(tempfile.gettempdir()) / f"dvt-compiled-{os.geteuid()}")
+        stages = torch_stage.load(bundle, place, sizes, compile_)
+        return CudaDevice(), stages, f"torch {torch.__version__}"
     if kind == "fake":
         from server.engines.gpu import torch_stage
 

@@ -35,7 +35,7 @@ class LoopRun:
 
     @property
     def rate(self) -> float:
-        return self.images / self.seconds
+        return self.images / max(1e-9, self.seconds)
 
     @property
     def host_us(self) -> float:
@@ -80,26 +80,24 @@ class ClosedLoop:
 
         Raises RuntimeError for an image that did not leave where it should, and whatever the engine raises.
         """
-        stages = len(self._sizes)
-        self._waiting: list[list[Waiting]] = [[] for _ in range(stages)]
+        self._waiting: list[list[Waiting]] = [[] for _ in self._sizes]
         self._next = 0
         self._failure: BaseException | None = None
-        self._images, self._batches, self._rows = 0, [0] * stages, [0] * stages
-        began = time.monotonic() + warm * seconds
-        self._until = began + seconds
+        self._warm_at = time.monotonic() + warm * seconds
+        self._until = self._warm_at + seconds
+        self._count_from_now()
         threads = [threading.Thread(target=self._lane, name=f"lane-{lane}") for lane in range(self._lanes)]
         for thread in threads:
             thread.start()
-        time.sleep(max(0.0, began - time.monotonic()))
-        with self._lock:
-            began, cpu = time.monotonic(), time.process_time()
-            self._images, self._batches, self._rows = 0, [0] * stages, [0] * stages
-        time.sleep(max(0.0, self._until - time.monotonic()))
-        with self._lock:
-            spent, cpu = time.monotonic() - began, time.process_time() - cpu
-            done = LoopRun(self._images, spent, cpu, tuple(self._batches), tuple(self._rows))
         for thread in threads:
             thread.join()
+        done = LoopRun(
+            self._images,
+            self._last_s - self._first_s,
+            self._last_cpu - self._first_cpu,
+            tuple(self._batches),
+            tuple(self._rows),
+        )
         self._engine.free([slot for waiting in self._waiting for _, _, slot in waiting])
         if self._failure is not None:
             raise self._failure
@@ -152,9 +150,7 @@ class ClosedLoop:
         ]
         left = sum(leaves == stage for _, leaves, _ in batch)
         with self._lock:
-            self._batches[stage - 1] += 1
-            self._rows[stage - 1] += len(batch)
-            self._images += left
+            self._count(stage, len(batch), left)
             if self._rebatch and survivors:
                 self._waiting[stage] += survivors
         if left + len(survivors) != len(batch):
@@ -162,6 +158,21 @@ class ClosedLoop:
                 self._keep(stage + 1, survivors)
             raise RuntimeError(f"stage {stage}: {left} of {len(batch)} images should leave, {len(survivors)} went on")
         return survivors
+
+    def _count(self, stage: int, rows: int, left: int) -> None:
+        """From the end of a batch to the end of another: a window of fixed length would be off by up to a batch."""
+        if self._first_s < self._warm_at <= time.monotonic():
+            self._count_from_now()
+            return
+        self._last_s, self._last_cpu = time.monotonic(), time.process_time()
+        self._batches[stage - 1] += 1
+        self._rows[stage - 1] += rows
+        self._images += left
+
+    def _count_from_now(self) -> None:
+        self._first_s = self._last_s = time.monotonic()
+        self._first_cpu = self._last_cpu = time.process_time()
+        self._images, self._batches, self._rows = 0, [0] * len(self._sizes), [0] * len(self._sizes)
 
     def _keep(self, stage: int, survivors: list[Waiting]) -> None:
         """What nobody takes further, to be freed at the end."""

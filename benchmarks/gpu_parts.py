@@ -90,6 +90,8 @@ class Bench:
 
     def open(self, name: str, **how: Any) -> Opened:
         """Opened once, and shared by the parts of a process."""
+        if self.options.sizes:
+            how["sizes"] = tuple(self.options.sizes)
         if self.small:
             how |= {"sizes": (1, 2, 4), "lanes": 2, "max_slots": min(64, how.get("max_slots", 64))}
         key = (name, *sorted(how.items()))

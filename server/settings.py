@@ -126,11 +126,14 @@ class Settings(BaseSettings):
         "measures none: then there are no latency budgets, no brownout and no early refusals.",
     )
     engine_dir: Path | None = Field(
-        None, description="Folder for TensorRT's plans, of any number of bundles; by default `engines` in the bundle's."
+        None,
+        description="Folder for TensorRT's plans, of any number of bundles; by default `engines` in the bundle's. Also "
+        "for what torch compiled, which by default is kept for this run only.",
     )
     build_engines: bool = Field(
         False,
-        description="Build plans that are missing or do not fit at the start, which takes minutes; else they stop it.",
+        description="At the start, which then takes minutes: build TensorRT's plans that are missing or do not fit, "
+        "which else stop it; compile the stages of `torch-cuda`, which else run as they are.",
     )
     state_dir: Path | None = Field(
         default_factory=default_state_dir,

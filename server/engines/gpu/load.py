@@ -25,8 +25,8 @@ Stages = tuple[Sequence[Stage], str]
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     sizes: Sequence[Sequence[int]]  # of batches, per stage, ascending
-    engine_dir: Path | None  # of TensorRT's plans; None: in the bundle
-    build_engines: bool  # the plans that are missing
+    engine_dir: Path | None  # of what is built; None: in the bundle, or nowhere
+    build_engines: bool  # what is missing of it
 
 
 def load(
@@ -109,10 +109,15 @@ def _torch_cuda(bundle: Bundle, wanted: _Wanted) -> Stages:
             "pip install 'dvt-serve[gpu-torch]'"
         ) from None
     try:
-        place = torch_stage.CudaPlace()
+        place = torch_stage.CudaPlace(tf32=bundle.manifest.precision != "fp32")
     except RuntimeError as error:
         raise EngineUnavailable(f"the engine torch-cuda needs torch for CUDA: {error}; see pytorch.org") from None
-    return torch_stage.load(bundle, place, wanted.sizes), torch_stage.RUNTIME
+    if not wanted.build_engines:
+        return torch_stage.load(bundle, place, wanted.sizes), torch_stage.RUNTIME
+    from server.engines.gpu.torch_compile import compiler  # takes seconds to import
+
+    stages = torch_stage.load(bundle, place, wanted.sizes, compiler(wanted.engine_dir))
+    return stages, f"{torch_stage.RUNTIME}, compiled"
 
 
 def _onnx_cuda(bundle: Bundle, wanted: _Wanted) -> Stages:

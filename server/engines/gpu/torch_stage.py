@@ -1,12 +1,15 @@
 """Stages by torch: the bundle's own ONNX graph, operator by operator, through torch's kernels.
 
-Nothing is exported for it, and nothing is compiled: torch launches, and the runtime records what it launched into a
-graph, so that the cost of launching from Python is paid once.
+Nothing is exported for it: torch launches, and the runtime records what it launched into a graph, so that the cost of
+launching from Python is paid once. Compiled, which takes its time at the start, the same operators become fewer kernels
+(see `torch_compile`).
 
 A graph is read once a stage. What depends on weights alone is computed then. A context runs its operators one by one
 the first time; what only depends on shapes turns out to be constant, and the rest becomes a list of steps.
 
-float32 is true float32: TF32, which torch takes for convolutions unless it is told not to, moves confidences.
+float32 is true float32: TF32, which torch takes for convolutions unless it is told not to, moves confidences. But for a
+bundle in half precision: what it leaves in float32 are sums and powers that half cannot hold, and its products may be
+as exact as all the others.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ ONNX_DTYPES = {
 Shape = tuple[int, ...]
 Kernel = Callable[..., Any]  # tensors -> one tensor, or one for each output of its node
 Work = Callable[[], Callable[[], None] | None]
+Compile = Callable[[Kernel, Sequence[Tensor]], Kernel]
+"""What a program of torch's becomes, for tensors of these shapes at these addresses."""
 
 
 class Place(Protocol):
@@ -77,9 +82,9 @@ class Place(Protocol):
 
 
 class CudaPlace:
-    """The first CUDA device. Raises RuntimeError where torch has none."""
+    """The first CUDA device. `tf32`: for products of float32. Raises RuntimeError where torch has none."""
 
-    def __init__(self) -> None:
+    def __init__(self, tf32: bool = False) -> None:
         if not torch.cuda.is_available():
             raise RuntimeError(f"torch {torch.__version__} finds no CUDA device")
         self.device = torch.device("cuda", 0)
@@ -87,8 +92,8 @@ class CudaPlace:
         with warnings.catch_warnings():
             # There are newer names for these two, but then torch refuses to be asked by the old ones.
             warnings.simplefilter("ignore")
-            torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            torch.backends.cudnn.allow_tf32 = tf32
         # Partial sums of half precision products are added in float32, as the other engines do.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -142,10 +147,12 @@ class _Memory:
         }
 
 
-def load(bundle: Bundle, place: Place, batch_sizes: Sequence[Sequence[int]]) -> list[TorchStage]:
+def load(
+    bundle: Bundle, place: Place, batch_sizes: Sequence[Sequence[int]], compile_: Compile | None = None
+) -> list[TorchStage]:
     """All stages of a bundle, each for its batch sizes. Raises BundleError."""
     return [
-        TorchStage(bundle.stage_path(number), spec, place, sizes)
+        TorchStage(bundle.stage_path(number), spec, place, sizes, compile_)
         for number, (spec, sizes) in enumerate(zip(bundle.manifest.stages, batch_sizes, strict=True), start=1)
     ]
 
@@ -153,9 +160,12 @@ def load(bundle: Bundle, place: Place, batch_sizes: Sequence[Sequence[int]]) -> 
 class TorchStage:
     """One stage; see `stage.Stage`. Raises BundleError, naming the file, for a graph that it cannot run."""
 
-    def __init__(self, file: Path, spec: StageSpec, place: Place, batch_sizes: Sequence[int]) -> None:
+    def __init__(
+        self, file: Path, spec: StageSpec, place: Place, batch_sizes: Sequence[int], compile_: Compile | None = None
+    ) -> None:
         self.inputs, self.outputs, self.batch_sizes = spec.inputs, spec.outputs, tuple(batch_sizes)
-        self._file, self._place = file, place
+        self._file, self._place, self._compile = file, place, compile_
+        self._compiled: dict[int, Kernel] = {}  # by batch size
         with _naming(file):
             self._graph = _Graph.read(file)
             self._graph.check(spec)
@@ -174,10 +184,21 @@ class TorchStage:
             name: self._place.tensor(address, _shape(specs[name], batch_size), DTYPES[specs[name].dtype])
             for name, address in addresses.items()
         }
-        return TorchContext(self._file, self._graph, self._weights, self._place, stream, tensors, self.inputs.keys())
+        compile_ = None if self._compile is None else functools.partial(self._compiled_once, batch_size)
+        return TorchContext(
+            self._file, self._graph, self._weights, self._place, stream, tensors, self.inputs.keys(), compile_
+        )
+
+    def _compiled_once(self, batch_size: int, program: Kernel, tensors: Sequence[Tensor]) -> Kernel:
+        """For all contexts of a batch size: the program is given its tensors at each call."""
+        assert self._compile is not None
+        if batch_size not in self._compiled:
+            self._compiled[batch_size] = self._compile(program, tensors)
+        return self._compiled[batch_size]
 
     def close(self) -> None:
         self._weights.clear()
+        self._compiled.clear()
 
 
 @dataclass(slots=True)
@@ -188,6 +209,8 @@ class _Step:
     arguments: tuple[Tensor | str | None, ...]  # a constant, or the name of what an earlier step gave
     results: tuple[str, ...]
     dead: tuple[str, ...] = ()
+    wanted: tuple[str, ...] = ()  # of the results: what the stage hands on
+    in_place: bool = False  # the kernel can make what is wanted where it belongs
 
 
 class TorchContext:
@@ -204,19 +227,22 @@ class TorchContext:
         stream: int,
         tensors: Mapping[str, Tensor],
         inputs: Iterable[str],
+        compile_: Compile | None,
     ) -> None:
         self._file, self._graph, self._weights, self._place, self._stream = file, graph, weights, place, stream
+        self._compile = compile_
         self._given = {name: tensor for name, tensor in tensors.items() if name in inputs}
         self._wanted = {name: tensor for name, tensor in tensors.items() if name not in inputs}
         place.enter(stream)
         self._steps: list[_Step] | None = None
+        self._compiled: Kernel | None = None
 
     def enqueue(self) -> None:
         self._place.run(self._stream, self._first_time if self._steps is None else self._again)
 
     def close(self) -> None:
         """Once."""
-        self._steps = None
+        self._steps = self._compiled = None
         self._given, self._wanted = {}, {}
         self._place.leave(self._stream)
 
@@ -251,27 +277,30 @@ class TorchContext:
                     continue
                 step = _Step(kernel, tuple(argument(name) for name in which), node.outputs)
                 with _explaining(node):
-                    self._do(step, values)
-                steps.append(step)
+                    _do(step, values, {})
                 results = [name for name in node.outputs if name]
                 shapes |= {name: values[name].shape for name in results}
-                for name in self._wanted.keys() & set(results):
+                step.wanted = tuple(self._wanted.keys() & set(results))
+                for name in step.wanted:
                     self._check(name, values[name])
                     self._wanted[name].copy_(values[name])
-                    if node.operator == "Concat":  # the largest that a stage leaves: it is made where it belongs
-                        step.kernel = _into(kernel, self._wanted[name])
-                    else:
-                        steps.append(_Step(self._wanted[name].copy_, (name,), ()))
+                step.in_place = node.operator == "Concat" and bool(step.wanted)  # the largest that a stage leaves
                 dead = {name for name in (*node.inputs, *results) if name in values and last_use[name] == at}
-                steps[-1].dead = tuple(dead - self._given.keys())
-                for name in steps[-1].dead:
+                step.dead = tuple(dead - self._given.keys())
+                for name in step.dead:
                     del values[name]
+                steps.append(step)
             if missing := self._wanted.keys() - shapes.keys():
                 raise BundleError(f"`{min(missing)}` does not depend on the inputs")
         self._steps = steps
-        return self._keep_constants
+        return self._prepare
 
     @torch.inference_mode()
+    def _prepare(self) -> None:
+        self._keep_constants()
+        if self._compile is not None:
+            self._compiled = self._compile(self._all_steps, self._tensors)
+
     def _keep_constants(self) -> None:
         """Those that follow from the batch size were made on the way."""
         assert self._steps is not None
@@ -290,19 +319,34 @@ class TorchContext:
             what = [f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.") for tensor in (found, said)]
             raise BundleError(f"output `{name}` is {what[0]}, the manifest says {what[1]}")
 
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (*self._given.values(), *self._wanted.values())
+
     @torch.inference_mode()
     def _again(self) -> None:
-        assert self._steps is not None
-        values = dict(self._given)
-        for step in self._steps:
-            self._do(step, values)
+        program = self._all_steps if self._compiled is None else self._compiled
+        program(*self._tensors)
 
-    def _do(self, step: _Step, values: dict[str, Tensor]) -> None:
-        given = step.kernel(*(values[a] if isinstance(a, str) else a for a in step.arguments))
-        if step.results:
-            values.update(_named(step.results, given))
-        for name in step.dead:
-            del values[name]
+    def _all_steps(self, *tensors: Tensor) -> None:
+        """What is given, what is wanted: as `_tensors`."""
+        assert self._steps is not None
+        values = dict(zip(self._given, tensors, strict=False))
+        wanted = dict(zip(self._wanted, tensors[len(values) :], strict=True))
+        for step in self._steps:
+            _do(step, values, wanted)
+            for name in step.dead:
+                del values[name]
+
+
+def _do(step: _Step, values: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    arguments = (values[a] if isinstance(a, str) else a for a in step.arguments)
+    if step.in_place and wanted:
+        values[step.results[0]] = step.kernel(*arguments, out=wanted[step.results[0]])
+        return
+    values.update(_named(step.results, step.kernel(*arguments)))
+    for name in step.wanted if wanted else ():
+        wanted[name].copy_(values[name])
 
 
 @contextlib.contextmanager
@@ -315,10 +359,6 @@ def _explaining(node: _Node) -> Iterator[None]:
         if "out of memory" in said or "CUDA" in said:
             raise
         raise BundleError(f"{node.operator} that gives `{node.outputs[0]}`: {said.splitlines()[0]}") from error
-
-
-def _into(concat: Kernel, out: Tensor) -> Kernel:
-    return lambda *tensors: concat(*tensors, out=out)
 
 
 def _named(names: Sequence[str], given: Any) -> dict[str, Tensor]:
