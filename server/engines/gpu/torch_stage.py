@@ -165,7 +165,7 @@ class TorchStage:
     ) -> None:
         self.inputs, self.outputs, self.batch_sizes = spec.inputs, spec.outputs, tuple(batch_sizes)
         self._file, self._place, self._compile = file, place, compile_
-        self._compiled: dict[int, Kernel] = {}  # by batch size
+        self._compiled: dict[tuple[int, tuple[str, ...]], Kernel] = {}  # by batch size, and what is given and wanted
         with _naming(file):
             self._graph = _Graph.read(file)
             self._graph.check(spec)
@@ -181,20 +181,23 @@ class TorchStage:
     def context(self, batch_size: int, addresses: Mapping[str, int], arena: int, stream: int) -> TorchContext:  # noqa: ARG002
         specs = {**self.inputs, **self.outputs}
         tensors = {
-            name: self._place.tensor(address, _shape(specs[name], batch_size), DTYPES[specs[name].dtype])
-            for name, address in addresses.items()
+            name: self._place.tensor(addresses[name], _shape(spec, batch_size), DTYPES[spec.dtype])
+            for name, spec in specs.items()
+            if name in addresses
         }
-        compile_ = None if self._compile is None else functools.partial(self._compiled_once, batch_size)
+        compile_ = None if self._compile is None else functools.partial(self._compiled_once, batch_size, tuple(tensors))
         return TorchContext(
             self._file, self._graph, self._weights, self._place, stream, tensors, self.inputs.keys(), compile_
         )
 
-    def _compiled_once(self, batch_size: int, program: Kernel, tensors: Sequence[Tensor]) -> Kernel:
-        """For all contexts of a batch size: the program is given its tensors at each call."""
+    def _compiled_once(
+        self, batch_size: int, names: tuple[str, ...], program: Kernel, tensors: Sequence[Tensor]
+    ) -> Kernel:
+        """For all contexts of a batch size that are asked for the same: a program is given its tensors at each call."""
         assert self._compile is not None
-        if batch_size not in self._compiled:
-            self._compiled[batch_size] = self._compile(program, tensors)
-        return self._compiled[batch_size]
+        if (batch_size, names) not in self._compiled:
+            self._compiled[batch_size, names] = self._compile(program, tensors)
+        return self._compiled[batch_size, names]
 
     def close(self) -> None:
         self._weights.clear()

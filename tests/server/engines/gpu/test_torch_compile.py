@@ -19,7 +19,9 @@ from server.engines.gpu.torch_compile import FOLDERS, compiler
 from server.engines.gpu.torch_stage import Kernel
 from server.errors import EngineUnavailable
 from tests.server.engines.gpu.conftest import Rig
+from tests.server.engines.gpu.fake_cuda import FakeCuda, HostPlace
 from tests.server.engines.gpu.runs import all_stages, images
+from tests.server.engines.small_stages import write_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")
 
@@ -51,6 +53,26 @@ def test_compiled_stages_answer_as_plain_ones_and_are_compiled_once_for_all_lane
     assert len(graphs) == 3 * 3
 
 
+def test_a_program_is_shared_only_by_contexts_that_are_asked_for_the_same_in_whatever_order(tmp_path: Path) -> None:
+    compiled = []
+
+    def traced(program: Kernel, tensors: Sequence[torch.Tensor]) -> Kernel:
+        compiled.append([tuple(tensor.shape) for tensor in tensors])
+        return make_fx(program)(*tensors)
+
+    spec, cuda = write_bundle(tmp_path).manifest.stages[0], FakeCuda()
+    stage = torch_stage.TorchStage(tmp_path / "stage1.onnx", spec, HostPlace(cuda), (2,), traced)
+    stream = cuda.stream()
+    names = ("image", "probabilities", "confidence")
+    for asked in (names, names[::-1], (*names, "relations1"), names):
+        context = stage.context(2, {name: cuda.allocate(4096) for name in asked}, 0, stream)
+        for _ in range(2):
+            context.enqueue()
+        cuda.synchronize(stream)
+        context.close()
+    assert [len(shapes) for shapes in compiled] == [3, 4]
+
+
 def test_a_compiled_program_writes_what_is_wanted_where_it_belongs(tmp_path: Path) -> None:
     weight = torch.arange(12.0).reshape(3, 4)
 
@@ -69,10 +91,10 @@ def test_a_compiled_program_writes_what_is_wanted_where_it_belongs(tmp_path: Pat
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not visible_gpus(), reason="there is no NVIDIA GPU")
-def test_torch_s_own_compiler_makes_stages_that_answer_alike(rig_on_gpu: Rig, photo10: Bundle, tmp_path: Path) -> None:
-    stages = torch_stage.load(photo10, rig_on_gpu.place, [(8,)] * 3, compiler(tmp_path))
-    engine, plain = rig_on_gpu.engine(photo10, stages), rig_on_gpu.engine(photo10, largest=8)
-    pixels = images(photo10, 8)
+def test_torch_s_own_compiler_makes_stages_that_answer_alike(rig_on_gpu: Rig, small: Bundle, tmp_path: Path) -> None:
+    stages = torch_stage.load(small, rig_on_gpu.place, [(8,)] * 3, compiler(tmp_path))
+    engine, plain = rig_on_gpu.engine(small, stages), rig_on_gpu.engine(small, largest=8)
+    pixels = images(small, 8)
     one, other = all_stages(engine, pixels), all_stages(plain, pixels)
     np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-4)
     assert any(path.is_file() for path in tmp_path.rglob("*"))  # is there at the next start
