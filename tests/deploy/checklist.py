@@ -35,7 +35,7 @@ NAME = {"app.kubernetes.io/name": "dvt-serve"}
 LEFT_BEHIND_S = 10  # docs/settings.md: what hangs after the drain is left behind by then
 OURS_TO_MAKE = {"Secret": {"dvt-serve-control"}, "PersistentVolumeClaim": {"dvt-serve-bundles"}}  # by who deploys
 BUDGET = "dvt-serve-budget"
-FLEET = {"DVT_POLICY_STORE", "DVT_POLICY_CONFIGMAP", "DVT_POLICY_NAMESPACE"}
+FLEET = {f"DVT_POLICY_{name}" for name in ("STORE", "CONFIGMAP", "NAMESPACE", "KUBECONFIG", "SEED")}
 
 
 def item(check: Check) -> Check:
@@ -235,7 +235,7 @@ def pods_are_restricted(objects: Sequence[Object]) -> Iterator[str]:
 @item
 def only_a_fleet_has_a_token_and_it_opens_one_object(objects: Sequence[Object]) -> Iterator[str]:
     for _, pod in pods(objects):
-        fleet = "DVT_POLICY_STORE" in environment(objects, server(pod))
+        fleet = environment(objects, server(pod)).get("DVT_POLICY_STORE") == "configmap"
         if pod.get("automountServiceAccountToken") is not fleet:
             yield f"the token of the service account: {pod.get('automountServiceAccountToken')}"
     for account in of_kind(objects, "ServiceAccount"):
@@ -257,7 +257,7 @@ def only_a_fleet_has_a_token_and_it_opens_one_object(objects: Sequence[Object]) 
 def an_apply_leaves_the_live_budget_alone(objects: Sequence[Object]) -> Iterator[str]:
     for deployment, pod in pods(objects):
         values = environment(objects, server(pod))
-        if "DVT_POLICY_STORE" not in values or labels(deployment)["dvt-serve/track"] == "canary":
+        if values.get("DVT_POLICY_STORE") != "configmap" or labels(deployment)["dvt-serve/track"] == "canary":
             continue
         found = [each for each in of_kind(objects, "ConfigMap") if each["metadata"]["name"] == BUDGET]
         if values.get("DVT_POLICY_CONFIGMAP") != BUDGET or len(found) != 1:

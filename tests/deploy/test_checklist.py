@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tests.deploy.checklist import CHECKS, known_metrics
 from tests.deploy.rendered import KUBERNETES, Object, compose, environment, of_kind, pods, render, server
 
 OLDEST, NEWEST = "1.30", "1.37"  # of Kubernetes, as docs/kubernetes.md says
+ADAPTER = KUBERNETES / "components" / "autoscaling-hpa" / "prometheus-adapter.yaml"
 # What Kubernetes itself has no schema for: resources of KEDA and of the Prometheus operator.
 CUSTOM = {"ScaledObject", "PodMonitor", "PrometheusRule"}
 # Components on what they are for: each of them, and those that no example has.
@@ -155,21 +158,73 @@ def test_a_canary_stands_beside_what_it_is_made_of_and_leaves_it_as_it_is() -> N
 
 
 def test_every_metric_that_autoscaling_asks_for_exists() -> None:
-    text = (KUBERNETES / "components" / "autoscaling-keda" / "scaledobject.yaml").read_text()
-    adapter = (KUBERNETES / "components" / "autoscaling-hpa" / "prometheus-adapter.yaml").read_text()
-    rules = yaml.safe_load(adapter)["rules"]["custom"]
-    made = {rule["name"]["as"] for rule in rules}
-    queries = [rule["metricsQuery"] + rule["seriesQuery"] for rule in rules]
-    queries += re.findall(r"query: (?:>-\n)?((?:.*\n)+?) +threshold", text)
-    assert len(queries) == 4
-    for query in queries:
+    made = {name for name in queries() if name.startswith("dvt_")}
+    assert len(queries()) == 4
+    for query in queries().values():
         asked = set(re.findall(r"dvt_[a-z_]+", query))
         assert asked
         assert asked <= known_metrics()
-    (hpa,) = yaml.safe_load_all(
-        (KUBERNETES / "components" / "autoscaling-hpa" / "horizontalpodautoscaler.yaml").read_text()
-    )
+    for rule in yaml.safe_load(ADAPTER.read_text())["rules"]["custom"]:
+        assert rule["seriesQuery"].partition("{")[0] in known_metrics()
+    hpa = yaml.safe_load((ADAPTER.parent / "horizontalpodautoscaler.yaml").read_text())
     assert {metric["pods"]["metric"]["name"] for metric in hpa["spec"]["metrics"]} == made
+
+
+def queries() -> dict[str, str]:
+    """What autoscaling asks Prometheus, by trigger or metric; prometheus-adapter's as it fills them in."""
+    text = (KUBERNETES / "components" / "autoscaling-keda" / "scaledobject.yaml").read_text()
+    asked = {trigger["name"]: trigger["metadata"]["query"] for trigger in yaml.safe_load(text)["spec"]["triggers"]}
+    for rule in yaml.safe_load(ADAPTER.read_text())["rules"]["custom"]:
+        query = rule["metricsQuery"].replace("<<.LabelMatchers>>", 'namespace="dvt-serve",pod=~"a|b"')
+        asked[rule["name"]["as"]] = query.replace("<<.GroupBy>>", "pod")
+    return asked
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool: no query was evaluated")
+@pytest.mark.parametrize(
+    ("pressures", "wanted", "each"),
+    [
+        ((0.0, 0.0), 0, {"a": 0, "b": 0}),  # the queue alone decides
+        ((0.5, 0.0), 3, {"a": 2, "b": 1}),
+        ((0.5, 0.5), 4, {"a": 2, "b": 2}),
+        ((0.04, 0.04), 0, {"a": 0, "b": 0}),  # not worth a replica
+        ((0.99, 0.99), 8, {"a": 4, "b": 4}),  # no more than four times as many at once
+    ],
+)
+def test_as_many_replicas_are_asked_for_as_would_serve_at_the_targets_cost(
+    tmp_path: Path, pressures: tuple[float, float], wanted: int, each: dict[str, int]
+) -> None:
+    asked = queries()
+    waiting = {"a": 3, "b": 1}  # images, on the average
+    series = [
+        {"series": f'{name}{{namespace="dvt-serve",pod="{pod}"}}', "values": values}
+        for pod, pressure in zip("ab", pressures, strict=True)
+        for name, values in (
+            ("dvt_pressure", f"{pressure}x40"),
+            ("dvt_queue_seconds_sum", f"0+{15 * waiting[pod]}x40"),
+        )
+    ]
+    expected = {
+        asked["images-waiting"]: {"{}": 4},
+        asked["dvt_images_waiting"]: {f'{{pod="{pod}"}}': number for pod, number in waiting.items()},
+        asked["budget-pressure"]: {"{}": wanted},
+        asked["dvt_load_over_capacity"]: {f'{{pod="{pod}"}}': number for pod, number in each.items()},
+    }
+    tests = [
+        {
+            "expr": query,
+            "eval_time": "5m",
+            "exp_samples": [{"labels": labels, "value": value} for labels, value in samples.items()],
+        }
+        for query, samples in expected.items()
+    ]
+    document = {
+        "evaluation_interval": "1m",
+        "tests": [{"interval": "15s", "input_series": series, "promql_expr_test": tests}],
+    }
+    (file := tmp_path / "test.yaml").write_text(yaml.safe_dump(document))
+    done = subprocess.run(["promtool", "test", "rules", file], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # A manifest that breaks an item, and the item that says so: at least one for each.

@@ -129,7 +129,9 @@ def test_on_a_full_volume_the_budget_that_was_there_is_kept(full: Path) -> None:
         with pytest.raises(StoreUnavailable):
             store.save(Policy(2, {"thresholds": [0.5] * 2000}, "cost"))
         store.close()
-        assert FileStore(full / "policy.json").load() == Policy(1, {"gmacs": 0.05}, "cost")
+        after = FileStore(full / "policy.json")
+        assert after.load() == Policy(1, {"gmacs": 0.05}, "cost")
+        after.close()
 
 
 def fill(volume: Path) -> None:
