@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from server.frontend.origin import hosts_for
 from server.metrics import Metrics
-from server.settings import PREFIX, Settings, SettingsError, read_settings
+from server.settings import PREFIX, Settings, SettingsError, is_loopback, read_settings
 from tests.deploy.rendered import (
     ROOT,
     Object,
@@ -55,6 +55,12 @@ def settings(objects: Sequence[Object], container: Object) -> Settings:
     )
 
 
+def ours(selector: Object, deployment: Object) -> bool:
+    """Of these pods, and of nobody else's: an empty selector is everybody's."""
+    named = selector.get("matchLabels", selector)
+    return NAME.items() <= named.items() and selects(selector, labels(deployment))
+
+
 @item
 def a_new_replica_is_ready_before_an_old_one_goes(objects: Sequence[Object]) -> Iterator[str]:
     for deployment, _ in pods(objects):
@@ -71,6 +77,8 @@ def three_probes_have_three_meanings(objects: Sequence[Object]) -> Iterator[str]
     for _, pod in pods(objects):
         container = server(pod)
         values = settings(objects, container)
+        if container.get("command") != ["dvt", "serve"] or is_loopback(values.host):
+            yield f"{container.get('command')} listens on {values.host}"
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         for kind, path in (("startup", "/readyz"), ("readiness", "/readyz"), ("liveness", "/livez")):
             probe = container.get(f"{kind}Probe", {})
@@ -112,7 +120,8 @@ def a_node_can_always_be_emptied_one_replica_at_a_time(objects: Sequence[Object]
         budgets = [
             each["spec"]
             for each in of_kind(objects, "PodDisruptionBudget")
-            if selects(each["spec"]["selector"], labels(deployment))
+            if ours(each["spec"]["selector"], deployment)
+            and "dvt-serve/track" in each["spec"]["selector"]["matchLabels"]
         ]
         if [(each.get("maxUnavailable"), each.get("minAvailable")) for each in budgets] != [(1, None)]:
             yield "there is no one PodDisruptionBudget with maxUnavailable 1"
@@ -126,7 +135,7 @@ def replicas_are_spread_over_nodes_and_zones(objects: Sequence[Object]) -> Itera
         spread = {each["topologyKey"]: each for each in pod.get("topologySpreadConstraints", [])}
         for key in ("kubernetes.io/hostname", "topology.kubernetes.io/zone"):
             rule = spread.get(key, {})
-            if not selects(rule.get("labelSelector", {"none": ""}), labels(deployment)):
+            if not ours(rule.get("labelSelector", {}), deployment):
                 yield f"there is no spread over {key}"
             elif rule.get("matchLabelKeys") != ["pod-template-hash"]:
                 yield f"{key}: an update's old replicas count among the new"
@@ -149,8 +158,11 @@ def autoscaling_is_by_queueing_and_by_pressure(objects: Sequence[Object]) -> Ite
                 spec["maxReplicaCount"],
                 spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"],
             )
-            if {trigger["metricType"] for trigger in spec["triggers"]} != {"AverageValue"}:
-                yield "the thresholds are for one replica"
+            for trigger in spec["triggers"]:
+                if (trigger.get("type"), trigger.get("metricType")) != ("prometheus", "AverageValue"):
+                    yield "the thresholds are for one replica"
+                if not {"serverAddress", "threshold"} <= trigger["metadata"].keys():
+                    yield "Prometheus is not named, or no threshold"
             if spec.get("fallback", {}).get("behavior") != "currentReplicasIfHigher":
                 yield "without Prometheus replicas are taken away"
         else:
@@ -178,19 +190,24 @@ def only_who_is_named_gets_in_or_out(objects: Sequence[Object]) -> Iterator[str]
     if not policies:  # a component
         return
     for deployment, pod in pods(objects):
-        ours = [each for each in policies if selects(each["podSelector"], labels(deployment))]
+        if not all(NAME.items() <= each["podSelector"].get("matchLabels", {}).items() for each in policies):
+            yield "a policy is for pods that are not ours"
+        these = [each for each in policies if selects(each["podSelector"], labels(deployment))]
         for way, rules in (("Ingress", "ingress"), ("Egress", "egress")):
-            if not any(way in each["policyTypes"] and not each.get(rules) for each in ours):
+            if not any(way in each["policyTypes"] and not each.get(rules) for each in these):
                 yield f"{way} is not denied by default"
         ports = {port["name"] for port in server(pod)["ports"]}
-        for rule in (rule for each in ours if "Ingress" in each["policyTypes"] for rule in each.get("ingress", [])):
+        for rule in (rule for each in these if "Ingress" in each["policyTypes"] for rule in each.get("ingress", [])):
             if not rule.get("from") or not all(
                 selector.get("matchLabels") for peer in rule["from"] for selector in peer.values()
             ):
                 yield "anybody may come in"
             if not {port["port"] for port in rule.get("ports", [{"port": "any"}])} <= ports:
                 yield "more than the server's port is open"
-        out = [rule for each in ours if "Egress" in each["policyTypes"] for rule in each.get("egress", [])]
+        let_in = str([each.get("ingress") for each in these])
+        if "dvt-serve/client" not in let_in or "monitoring" not in let_in:
+            yield "clients or Prometheus cannot come in"
+        out = [rule for each in these if "Egress" in each["policyTypes"] for rule in each.get("egress", [])]
         if out and not pod.get("automountServiceAccountToken"):
             yield "there is a way out that nobody needs"
         if not out and pod.get("automountServiceAccountToken"):
@@ -243,7 +260,12 @@ def only_a_fleet_has_a_token_and_it_opens_one_object(objects: Sequence[Object]) 
             yield "the service account hands its token to any pod"
     if of_kind(objects, "ClusterRole", "ClusterRoleBinding"):
         yield "rights over the whole cluster"
+    for binding in of_kind(objects, "RoleBinding"):
+        if [(each["kind"], each["name"]) for each in binding.get("subjects", [])] != [("ServiceAccount", "dvt-serve")]:
+            yield f"{binding['metadata']['name']} binds {binding.get('subjects')}"
     for role in of_kind(objects, "Role"):
+        if len(role["rules"]) != 1:
+            yield "a role has one rule"
         for rule in role["rules"]:
             if rule["apiGroups"] != [""] or rule["resources"] != ["configmaps"]:
                 yield f"rights on {rule['resources']}"
@@ -299,6 +321,19 @@ def pools_are_as_large_as_the_cores_that_are_asked_for(objects: Sequence[Object]
         for name in ("DVT_DECODE_THREADS", *(["DVT_EXECUTORS"] if on_cpu else [])):
             if asked.get(name) != {"containerName": container["name"], "resource": "requests.cpu"}:
                 yield f"{name} does not follow from requests.cpu: without a limit it would be the node's cores"
+
+
+@item
+def who_needs_a_gpu_gets_one_and_goes_where_they_are(objects: Sequence[Object]) -> Iterator[str]:
+    for _, pod in pods(objects):
+        container = server(pod)
+        if environment(objects, container).get("DVT_ENGINE") == "onnx":
+            continue
+        if container["resources"]["limits"].get("nvidia.com/gpu") != "1":
+            yield "it has no GPU"
+        where = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        if where not in pod.get("tolerations", []):
+            yield "nodes that are kept for who needs a GPU do not take it"
 
 
 @item
@@ -393,6 +428,12 @@ def every_setting_is_one_and_can_be_used(objects: Sequence[Object]) -> Iterator[
 def what_is_written_to_is_a_volume_with_a_bound(objects: Sequence[Object]) -> Iterator[str]:
     for _, pod in pods(objects):
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        if pod["securityContext"].get("fsGroup") != USER:
+            yield "volumes are not given to the pod's group"
+        if any(len(volume) != 2 for volume in volumes.values()):
+            yield "a volume is not said to be of one kind, and would be an empty one"
+        if "DVT_STATE_DIR" not in environment(objects, server(pod)):
+            yield "the budget is kept nowhere"
         for container in containers(pod):
             mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
             if not mounts.keys() & {"/tmp"}:
@@ -430,8 +471,11 @@ def everything_that_is_named_is_there(objects: Sequence[Object]) -> Iterator[str
     for kind, name in named:
         if (kind, name) not in there and name not in OURS_TO_MAKE.get(kind, ()):
             yield f"there is no {kind} {name}"
+    for claim in of_kind(objects, "PersistentVolumeClaim"):
+        if not claim["spec"].get("accessModes") or "storage" not in claim["spec"]["resources"]["requests"]:
+            yield f"the API server refuses the claim {claim['metadata']['name']}"
     for service in of_kind(objects, "Service"):
-        if not any(selects(service["spec"]["selector"], labels(deployment)) for deployment, _ in pods(objects)):
+        if not any(ours(service["spec"]["selector"], deployment) for deployment, _ in pods(objects)):
             yield f"the Service {service['metadata']['name']} leads nowhere"
         for port in service["spec"]["ports"]:
             if not all(port["targetPort"] in [one["name"] for one in server(pod)["ports"]] for _, pod in pods(objects)):

@@ -245,6 +245,11 @@ def of(pod: Any, kind: str) -> Any:
     return next(volume[kind] for volume in pod["volumes"] if kind in volume)
 
 
+def without(name: str) -> Break:
+    """A container whose environment lacks what has this in its name."""
+    return lambda container: container.update(env=[one for one in container["env"] if name not in one["name"]])
+
+
 POD = "spec.template.spec"
 SERVER = f"{POD}.containers.0"
 BUILDER = f"{POD}.initContainers.0"
@@ -261,6 +266,8 @@ BROKEN: list[tuple[str, str, str, Break]] = [
     ("three_probes", "Deployment", f"{SERVER}.readinessProbe", lambda x: x.pop("timeoutSeconds")),
     ("three_probes", "Deployment", f"{SERVER}.ports.0", lambda x: x.update(containerPort=9)),
     ("three_probes", "settings", "", lambda x: x.update(DVT_ALLOWED_HOSTS="dvt.example.org")),
+    ("three_probes", "settings", "", lambda x: x.pop("DVT_HOST")),
+    ("three_probes", "Deployment", SERVER, lambda x: x.pop("command")),
     ("stopping_takes", "Deployment", POD, lambda x: x.update(terminationGracePeriodSeconds=50)),
     ("stopping_takes", "Deployment", POD, lambda x: x.pop("terminationGracePeriodSeconds")),
     ("stopping_takes", "Deployment", SERVER, lambda x: x.pop("lifecycle")),
@@ -268,6 +275,7 @@ BROKEN: list[tuple[str, str, str, Break]] = [
     ("stopping_takes", "settings", "", lambda x: x.pop("DVT_DRAIN_DELAY_S")),
     ("a_node_can_always", "PodDisruptionBudget", "spec", lambda x: x.update(maxUnavailable=0)),
     ("a_node_can_always", "PodDisruptionBudget", "spec.selector.matchLabels", lambda x: x.update(app="else")),
+    ("a_node_can_always", "PodDisruptionBudget", "spec.selector.matchLabels", lambda x: x.clear()),
     ("a_node_can_always", "PodDisruptionBudget", "spec", lambda x: x.pop("unhealthyPodEvictionPolicy")),
     ("replicas_are_spread", "Deployment", POD, lambda x: x.pop("topologySpreadConstraints")),
     ("replicas_are_spread", "Deployment", f"{POD}.topologySpreadConstraints", lambda x: x.pop()),
@@ -277,6 +285,7 @@ BROKEN: list[tuple[str, str, str, Break]] = [
     ("autoscaling_is_by", "ScaledObject", "spec.triggers.0.metadata", lambda x: x.update(query="DCGM_FI_DEV_GPU_UTIL")),
     ("autoscaling_is_by", "ScaledObject", "spec", lambda x: x.update(minReplicaCount=0)),
     ("autoscaling_is_by", "ScaledObject", "spec", lambda x: x.pop("fallback")),
+    ("autoscaling_is_by", "ScaledObject", "spec.triggers.1.metadata", lambda x: x.pop("threshold")),
     ("autoscaling_is_by", "Deployment", "spec", lambda x: x.update(replicas=2)),
     ("only_who_is_named", f"{DENY}-default-deny", "spec", lambda x: x.update(ingress=[{}])),
     ("only_who_is_named", f"{DENY}-default-deny", "spec", lambda x: x.update(egress=[{}])),
@@ -285,6 +294,8 @@ BROKEN: list[tuple[str, str, str, Break]] = [
     ("only_who_is_named", f"{DENY}-clients", "spec.ingress.0.from.0", lambda x: x.update(podSelector={})),
     ("only_who_is_named", f"{DENY}-clients", "spec.ingress.0", lambda x: x.pop("from")),
     ("only_who_is_named", f"{DENY}-clients", "spec.ingress.0", lambda x: x.pop("ports")),
+    ("only_who_is_named", f"{DENY}-clients", "spec", lambda x: x.pop("ingress")),
+    ("only_who_is_named", f"{DENY}-default-deny", "spec", lambda x: x.update(podSelector={})),
     ("only_who_is_named", f"{DENY}-api-server", "spec", lambda x: x.update(policyTypes=["Ingress"])),
     ("only_who_is_named", f"{DENY}-api-server", "spec.egress.0", lambda x: x.pop("ports")),
     ("only_who_is_named", "Deployment", POD, lambda x: x.update(automountServiceAccountToken=False)),
@@ -305,9 +316,12 @@ BROKEN: list[tuple[str, str, str, Break]] = [
     ("pods_are_restricted", "Namespace", "metadata", lambda x: x.pop("labels")),
     ("only_a_fleet", "ServiceAccount", "", lambda x: x.pop("automountServiceAccountToken")),
     ("only_a_fleet", "Deployment", POD, lambda x: x.update(automountServiceAccountToken=False)),
-    ("only_a_fleet", "Deployment", SERVER, lambda x: x.update(env=[e for e in x["env"] if "POLICY" not in e["name"]])),
+    ("only_a_fleet", "Deployment", SERVER, without("POLICY")),
     ("only_a_fleet", "Role", "rules.0", lambda x: x.pop("resourceNames")),
     ("only_a_fleet", "Role", "rules.0", lambda x: x.update(resources=["secrets"])),
+    ("only_a_fleet", "Role", "rules", lambda x: x.clear()),
+    ("only_a_fleet", "RoleBinding", "subjects", lambda x: x.clear()),
+    ("only_a_fleet", "RoleBinding", "subjects.0", lambda x: x.update(name="default")),
     ("only_a_fleet", "Role", "rules.0.verbs", lambda x: x.append("delete")),
     ("only_a_fleet", "Role", "", lambda x: x.update(kind="ClusterRole")),
     ("an_apply_leaves", "budget", "", lambda x: x.update(data={})),
@@ -317,8 +331,10 @@ BROKEN: list[tuple[str, str, str, Break]] = [
     ("memory_is_reserved", "Deployment", f"{SERVER}.resources.limits", lambda x: x.pop("ephemeral-storage")),
     ("memory_is_reserved", "Deployment", f"{BUILDER}.resources.requests", lambda x: x.pop("memory")),
     ("memory_is_reserved", "settings", "", lambda x: x.update(DVT_MAX_HELD_BYTES=str(2**34))),
-    ("pools_are", "Deployment", SERVER, lambda x: x.update(env=[e for e in x["env"] if "DECODE" not in e["name"]])),
+    ("pools_are", "Deployment", SERVER, without("DECODE")),
     ("pools_are", "settings", "", lambda x: x.update(DVT_ENGINE="onnx")),
+    ("who_needs_a_gpu", "Deployment", f"{SERVER}.resources.limits", lambda x: x.pop("nvidia.com/gpu")),
+    ("who_needs_a_gpu", "Deployment", POD, lambda x: x.pop("tolerations")),
     ("engines_are_built", "Deployment", POD, lambda x: x.pop("initContainers")),
     ("engines_are_built", "Deployment", BUILDER, lambda x: x.update(command=["dvt", "build", "/other"])),
     ("engines_are_built", "Deployment", BUILDER, lambda x: x.update(image="dvt-serve:0.0.9")),
@@ -346,6 +362,11 @@ BROKEN: list[tuple[str, str, str, Break]] = [
     ("what_is_written_to", "Deployment", POD, lambda x: of(x, "emptyDir").clear()),
     ("everything_that_is_named", "Deployment", POD, lambda x: x.update(serviceAccountName="other")),
     ("everything_that_is_named", f"{CLAIM}-engines", "metadata", lambda x: x.update(name="other")),
+    ("what_is_written_to", "Deployment", f"{POD}.securityContext", lambda x: x.pop("fsGroup")),
+    ("what_is_written_to", "Deployment", POD, lambda x: x["volumes"][0].pop("persistentVolumeClaim")),
+    ("what_is_written_to", "Deployment", SERVER, without("STATE")),
+    ("everything_that_is_named", f"{CLAIM}-engines", "spec", lambda x: x.pop("accessModes")),
+    ("everything_that_is_named", "Service", "spec.selector", lambda x: x.clear()),
     ("everything_that_is_named", "RoleBinding", "roleRef", lambda x: x.update(name="other")),
     ("everything_that_is_named", "Service", "spec", lambda x: x.update(selector={"app": "else"})),
     ("everything_that_is_named", "Service", "spec.ports.0", lambda x: x.update(targetPort="grpc")),
