@@ -163,6 +163,12 @@ def autoscaling_is_by_queueing_and_by_pressure(objects: Sequence[Object]) -> Ite
                     yield "the thresholds are for one replica"
                 if not {"serverAddress", "threshold"} <= trigger["metadata"].keys():
                     yield "Prometheus is not named, or no threshold"
+                if trigger["metadata"].get("ignoreNullValues") != "false":
+                    yield "where Prometheus knows nothing, replicas are taken away"
+                if set(re.findall('namespace="(.*?)"', trigger["metadata"]["query"])) != {
+                    each["metadata"]["namespace"]
+                }:
+                    yield "it asks for another namespace"
             if spec.get("fallback", {}).get("behavior") != "currentReplicasIfHigher":
                 yield "without Prometheus replicas are taken away"
         else:

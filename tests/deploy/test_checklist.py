@@ -286,6 +286,8 @@ BROKEN: list[tuple[str, str, str, Break]] = [
     ("autoscaling_is_by", "ScaledObject", "spec", lambda x: x.update(minReplicaCount=0)),
     ("autoscaling_is_by", "ScaledObject", "spec", lambda x: x.pop("fallback")),
     ("autoscaling_is_by", "ScaledObject", "spec.triggers.1.metadata", lambda x: x.pop("threshold")),
+    ("autoscaling_is_by", "ScaledObject", "spec.triggers.0.metadata", lambda x: x.pop("ignoreNullValues")),
+    ("autoscaling_is_by", "ScaledObject", "metadata", lambda x: x.update(namespace="other")),
     ("autoscaling_is_by", "Deployment", "spec", lambda x: x.update(replicas=2)),
     ("only_who_is_named", f"{DENY}-default-deny", "spec", lambda x: x.update(ingress=[{}])),
     ("only_who_is_named", f"{DENY}-default-deny", "spec", lambda x: x.update(egress=[{}])),
