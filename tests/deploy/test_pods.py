@@ -140,7 +140,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 @pytest.fixture(scope="module")
 def old(start: Start) -> Pod:
     """The version that serves while others are tried."""
-    pod = start("old")
+    pod = start("old", DVT_TIMEOUT_MS="20000")  # it answers however busy the machine is
     assert pod.probe_until_ready_or_ended()
     return pod
 
