@@ -66,6 +66,13 @@ def test_sigterm_leaves_no_accepted_request_unanswered(run: Run) -> None:
     assert results["figures"]["answers"]["200"] > 0
 
 
+def test_a_rolling_update_fails_no_request(run: Run) -> None:
+    short = ("--variants", "both", "--prestop", "0.5", "--drain-delay", "2", "--lag", "0.1", "--min-ready", "0.3")
+    results = run("rolling_update", *short, "--clients", "4")
+    assert results["broken"] == []
+    assert results["figures"]["both_requests"] > 20
+
+
 def test_slow_clients_are_closed_and_others_asked_beside_them(run: Run) -> None:
     short = ("--connections", "4", "--seconds", "0.5", "--rate", "20", "--pause", "0.1", "--pipelined", "20")
     figures = run("slow_clients", "--kinds", "header", "deaf", *short, "--setting", "header_timeout_s=0.2")["figures"]
