@@ -47,6 +47,8 @@ CLASSIFY = "/classify"
 CLASSIFY_STATUSES = (200, 500, 503, 504)  # that objectives are about
 PRIORITIES = ("high", "normal", "low")
 
+PROMISED_S = 0.5  # what objectives promise an answer in: a bucket of SECONDS, and `le` in deploy/prometheus/rules
+
 OUTLINE_STEPS = 16
 
 # From a tenth of a millisecond (a queue that is empty) to the largest sensible deadline.
@@ -62,9 +64,9 @@ class Metrics:
 
         self._requests = Counter(
             "dvt_requests",
-            "Requests answered, by route and status, 499 being that the client hung up; priority: of those to /classify"
-            " whose query could be read.",
-            ["route", "status", "priority"],
+            "Requests answered, by route and status; 499: the client hung up. Of those to /classify whose query could"
+            " be read: their priority, and whether they allow less time than an answer is promised in.",
+            ["route", "status", "priority", "hurried"],
             registry=self.registry,
         )
         self._request_seconds = Histogram(
@@ -185,10 +187,12 @@ class Metrics:
         self._answer_children = {priority: self._answer_seconds.labels(priority) for priority in PRIORITIES}
         for code in _codes(ServeError):
             self._refused.labels(code)
-        self._request_children: dict[tuple[str, int, str], Any] = {}
+        self._request_children: dict[tuple[str, int, str, str], Any] = {}
         for status in CLASSIFY_STATUSES:
-            for priority in ("", *PRIORITIES):
-                self._request_child(CLASSIFY, status, priority)
+            self._request_child(CLASSIFY, status, "", "")
+            for priority in PRIORITIES:
+                for hurried in ("false", "true"):
+                    self._request_child(CLASSIFY, status, priority, hurried)
         self._second_children: dict[str, Any] = {}
 
         build = {"model": model, "version": version, "release": release, "python": platform.python_version()}
@@ -197,10 +201,10 @@ class Metrics:
 
     # What the edge tells
 
-    def request_finished(self, route: str, status: int, seconds: float, priority: str = "") -> None:
+    def request_finished(self, route: str, status: int, seconds: float, priority: str = "", hurried: str = "") -> None:
         """`route`: the path of a route of ours, or "other"; never what the client sent. `priority`: one of PRIORITIES,
-        or nothing."""
-        self._request_child(route, status, priority).inc()
+        or nothing; `hurried`: "true", "false" or nothing."""
+        self._request_child(route, status, priority, hurried).inc()
         histogram = self._second_children.get(route)
         if histogram is None:
             histogram = self._second_children[route] = self._request_seconds.labels(route)
@@ -209,11 +213,10 @@ class Metrics:
     def request_refused(self, code: str) -> None:
         self._refused.labels(code).inc()
 
-    def _request_child(self, route: str, status: int, priority: str) -> Any:
-        child = self._request_children.get((route, status, priority))
+    def _request_child(self, *key: *tuple[str, int, str, str]) -> Any:
+        child = self._request_children.get(key)
         if child is None:
-            child = self._requests.labels(route, str(status), priority)
-            self._request_children[route, status, priority] = child
+            child = self._request_children[key] = self._requests.labels(*map(str, key))
         return child
 
     def answered(self, priority: str, seconds: float) -> None:

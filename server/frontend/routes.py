@@ -127,7 +127,8 @@ async def classify(request: Request) -> Response:
         max_timeout_ms=settings.max_timeout_ms,
         exits=service.exits,
     )
-    request.scope["state"]["priority"] = _NAMES[ask.priority]
+    hurried = ask.timeout_s < min(metrics.PROMISED_S, settings.timeout_ms / 1000)
+    request.scope["state"]["asked"] = (_NAMES[ask.priority], "true" if hurried else "false")
     request_id = request.scope["state"]["request_id"]
     with service.intake.enter() as visit:
         encoded = await read_images(dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold)

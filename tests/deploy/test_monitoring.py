@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.app import create_app
 from server.bundle.manifest import EMBEDDED, Bundle
 from server.engines import load_engine
+from server.metrics import PROMISED_S, SECONDS
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -261,6 +262,11 @@ class TestTheRules:
         kept = (COMPONENT / "prometheusrule.yaml").read_text()
         assert kept == made, "run: python deploy/prometheus/to_kubernetes.py"
         assert yaml.safe_load(kept)["spec"]["groups"] == RULE_GROUPS
+
+    def test_what_is_promised_is_a_bucket_of_the_server(self) -> None:
+        bounds = re.findall(r'le="([^"]*)"', (PROMETHEUS / "rules" / "recording.yaml").read_text())
+        assert set(bounds) == {str(PROMISED_S)}
+        assert PROMISED_S in SECONDS
 
     @pytest.mark.parametrize("name", ALERTS)
     def test_an_alert_says_whom_it_wakes_and_what_to_do(self, name: str) -> None:

@@ -99,14 +99,15 @@ def test_series_exist_before_their_first_event(metrics: Metrics) -> None:
     assert value(metrics, "dvt_images_abandoned_total", reason="disconnect") == 0
     assert value(metrics, "dvt_batches_total", stage="3") == 0
     assert value(metrics, "dvt_refused_total", code="engine_failed") == 0
-    assert value(metrics, "dvt_requests_total", route="/classify", status="503", priority="low") == 0
+    assert value(metrics, "dvt_requests_total", route="/classify", status="503", priority="low", hurried="true") == 0
 
 
 def test_requests_count_by_priority_where_it_is_known(metrics: Metrics) -> None:
-    metrics.request_finished("/classify", 503, 0.01, "low")
+    metrics.request_finished("/classify", 503, 0.01, "low", "false")
     metrics.request_finished("/classify", 503, 0.01)
-    for priority in ("low", ""):
-        assert value(metrics, "dvt_requests_total", route="/classify", status="503", priority=priority) == 1
+    for priority, hurried in (("low", "false"), ("", "")):
+        labels = {"route": "/classify", "status": "503", "priority": priority, "hurried": hurried}
+        assert value(metrics, "dvt_requests_total", **labels) == 1
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60, unique=True))
@@ -275,10 +276,22 @@ async def test_requests_are_counted_and_answers_timed_by_priority(served: Any, p
     assert [samples["dvt_answer_seconds_count", name] for name in ("high", "normal", "low")] == [0, 1, 1]
     finished = {key: n for key, n in of(samples, "dvt_requests_total").items() if "/classify" in key and n}
     assert finished == {
-        ("low", "/classify", "200"): 1,
-        ("normal", "/classify", "200"): 1,
-        ("", "/classify", "422"): 1,
+        ("false", "low", "/classify", "200"): 1,
+        ("false", "normal", "/classify", "200"): 1,
+        ("", "", "/classify", "422"): 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("default", "asked", "hurried"), [(1000, 499, "true"), (1000, 500, "false"), (200, 200, "false")]
+)
+async def test_who_allows_less_time_than_is_promised_is_told_apart(
+    serve: Any, photo: Callable[..., bytes], default: int, asked: int, hurried: str
+) -> None:
+    async with serve(timeout_ms=default) as served:
+        await served.classify(photo(255), params={"timeout_ms": asked})
+        labels = {"route": "/classify", "status": "200", "priority": "normal", "hurried": hurried}
+        assert await served.metric("dvt_requests_total", **labels) == 1
 
 
 async def test_the_waits_for_all_stages_are_the_waits_of_the_images(served: Any, photo: Callable[..., bytes]) -> None:
