@@ -139,7 +139,7 @@ class Observer(Protocol):
 
     def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int, waited_s: float) -> None:
         """`abandoned`: rows whose client had left, or whose deadline had passed, when the batch came back. `waited_s`:
-        how long its rows had waited for this stage, added up."""
+        how long its rows had waited for this stage, added up, audits left out."""
         ...
 
     def image_finished(self, result: ImageResult) -> None: ...

@@ -126,7 +126,7 @@ class Metrics:
         )
         waited = Counter(
             "dvt_waited_seconds",
-            "Time for which the images of the batches run had waited for the stage.",
+            "Time for which the images of the batches run had waited for the stage; audits left out.",
             ["stage"],
             registry=self.registry,
         )

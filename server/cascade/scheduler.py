@@ -144,7 +144,7 @@ class Batch:
     images: tuple[Image, ...]
     run: StageBatch
     started: float
-    waited_s: float  # for this stage, all images added up
+    waited_s: float  # for this stage, all images of clients added up
 
 
 @dataclass(slots=True)
@@ -396,7 +396,8 @@ class Scheduler:
         waited_s = 0.0
         for image in images:
             image.slot = None
-            waited_s += now - image.since
+            if image.request.priority != BACKGROUND:
+                waited_s += now - image.since
             image.queue_s += now - image.since
             image.since = now
             image.request.running += 1

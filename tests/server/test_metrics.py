@@ -294,12 +294,16 @@ async def test_who_allows_less_time_than_is_promised_is_told_apart(
         assert await served.metric("dvt_requests_total", **labels) == 1
 
 
-async def test_the_waits_for_all_stages_are_the_waits_of_the_images(served: Any, photo: Callable[..., bytes]) -> None:
-    await asyncio.gather(*(served.classify(photo(10, 10, 255)) for _ in range(9)))
-    samples = await scrape(served)
-    waits = of(samples, "dvt_waited_seconds_total")
-    assert set(waits) == {("1",), ("2",), ("3",)}
-    assert sum(waits.values()) == pytest.approx(samples["dvt_queue_seconds_sum",])
+async def test_the_waits_for_all_stages_are_the_waits_of_the_images(serve: Any, photo: Callable[..., bytes]) -> None:
+    async with serve(audit_fraction=1) as served:
+        await asyncio.gather(*(served.classify(photo(10, 255)) for _ in range(9)))
+        while (task := served.service.audit._task) is not None:
+            await asyncio.wait([task])
+        samples = await scrape(served)
+        assert samples["dvt_batch_images_total", "3"] == 9, "of audits, whose waits are nobody's"
+        waits = of(samples, "dvt_waited_seconds_total")
+        assert set(waits) == {("1",), ("2",), ("3",)}
+        assert sum(waits.values()) == pytest.approx(samples["dvt_queue_seconds_sum",])
 
 
 class TestTheLiveBudget:
