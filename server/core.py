@@ -137,8 +137,9 @@ class Answer:
 class Observer(Protocol):
     """What the batcher tells whoever counts. Called on the event loop; must not block."""
 
-    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int) -> None:
-        """`abandoned`: rows whose client had left, or whose deadline had passed, when the batch came back."""
+    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int, waited_s: float) -> None:
+        """`abandoned`: rows whose client had left, or whose deadline had passed, when the batch came back. `waited_s`:
+        how long its rows had waited for this stage, added up, audits left out."""
         ...
 
     def image_finished(self, result: ImageResult) -> None: ...

@@ -27,12 +27,14 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from server.core import ImageResult
+from server.errors import ServeError
 
 if TYPE_CHECKING:
     from server.budget.audit import AuditState
     from server.budget.confidence_sequence import Interval
     from server.budget.controller import BudgetState
     from server.budget.drift import DriftState
+    from server.bundle.frontier import FrontierRow
     from server.bundle.profile import LiveProfile
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time beside every series would make half of each scrape
@@ -41,6 +43,13 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 REASONS = ("disconnect", "deadline", "overloaded", "engine_failed", "shutdown")  # of Observer.image_abandoned
 AUDIT_REASONS = ("full", "engine_failed")  # of Metrics.audit_dropped
+CLASSIFY = "/classify"
+CLASSIFY_STATUSES = (200, 500, 503, 504)  # that objectives are about
+PRIORITIES = ("high", "normal", "low")
+
+PROMISED_S = 0.5  # what objectives promise an answer in: a bucket of SECONDS, and `le` in deploy/prometheus/rules
+
+OUTLINE_STEPS = 16
 
 # From a tenth of a millisecond (a queue that is empty) to the largest sensible deadline.
 SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -55,8 +64,9 @@ class Metrics:
 
         self._requests = Counter(
             "dvt_requests",
-            "Requests answered, by route and status; 499: the client hung up.",
-            ["route", "status"],
+            "Requests answered, by route and status; 499: the client hung up. Of those to /classify whose query could"
+            " be read: their priority, and whether they allow less time than an answer is promised in.",
+            ["route", "status", "priority", "hurried"],
             registry=self.registry,
         )
         self._request_seconds = Histogram(
@@ -68,6 +78,13 @@ class Metrics:
         )
         self._refused = Counter(
             "dvt_refused", "Requests answered with an error, by its code.", ["code"], registry=self.registry
+        )
+        self._answer_seconds = Histogram(
+            "dvt_answer_seconds",
+            "From the last byte of a request to /classify to its answer; only those that were answered.",
+            ["priority"],
+            buckets=SECONDS,
+            registry=self.registry,
         )
         images = Counter(
             "dvt_images",
@@ -106,6 +123,12 @@ class Metrics:
         batch_images = Counter("dvt_batch_images", "Images in the batches run.", ["stage"], registry=self.registry)
         engine_seconds = Counter(
             "dvt_engine_seconds", "Wall time spent in the engine.", ["stage"], registry=self.registry
+        )
+        waited = Counter(
+            "dvt_waited_seconds",
+            "Time for which the images of the batches run had waited for the stage; audits left out.",
+            ["stage"],
+            registry=self.registry,
         )
         abandoned_seconds = Counter(
             "dvt_abandoned_engine_seconds",
@@ -156,11 +179,20 @@ class Metrics:
                 batch_images.labels(stage),
                 engine_seconds.labels(stage),
                 abandoned_seconds.labels(stage),
+                waited.labels(stage),
             )
             for stage in stages
         }
         self._stage_macs = tuple(gmacs * 1e9 for gmacs in stage_gmacs)
-        self._request_children: dict[tuple[str, int], Any] = {}
+        self._answer_children = {priority: self._answer_seconds.labels(priority) for priority in PRIORITIES}
+        for code in _codes(ServeError):
+            self._refused.labels(code)
+        self._request_children: dict[tuple[str, int, str, str], Any] = {}
+        for status in CLASSIFY_STATUSES:
+            self._request_child(CLASSIFY, status, "", "")
+            for priority in PRIORITIES:
+                for hurried in ("false", "true"):
+                    self._request_child(CLASSIFY, status, priority, hurried)
         self._second_children: dict[str, Any] = {}
 
         build = {"model": model, "version": version, "release": release, "python": platform.python_version()}
@@ -169,12 +201,10 @@ class Metrics:
 
     # What the edge tells
 
-    def request_finished(self, route: str, status: int, seconds: float) -> None:
-        """`route`: the path of a route of ours, or "other"; never what the client sent."""
-        child = self._request_children.get((route, status))
-        if child is None:
-            child = self._request_children[route, status] = self._requests.labels(route, str(status))
-        child.inc()
+    def request_finished(self, route: str, status: int, seconds: float, priority: str = "", hurried: str = "") -> None:
+        """`route`: the path of a route of ours, or "other"; never what the client sent. `priority`: one of PRIORITIES,
+        or nothing; `hurried`: "true", "false" or nothing."""
+        self._request_child(route, status, priority, hurried).inc()
         histogram = self._second_children.get(route)
         if histogram is None:
             histogram = self._second_children[route] = self._request_seconds.labels(route)
@@ -183,17 +213,27 @@ class Metrics:
     def request_refused(self, code: str) -> None:
         self._refused.labels(code).inc()
 
+    def _request_child(self, *key: *tuple[str, int, str, str]) -> Any:
+        child = self._request_children.get(key)
+        if child is None:
+            child = self._request_children[key] = self._requests.labels(*map(str, key))
+        return child
+
+    def answered(self, priority: str, seconds: float) -> None:
+        self._answer_children[priority].observe(seconds)
+
     def decoded(self, seconds: float) -> None:
         self._decode_seconds.observe(seconds)
 
     # What the batcher tells (core.Observer)
 
-    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int) -> None:
-        histogram, batches, images, engine, lost = self._stage_children[stage]
+    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int, waited_s: float) -> None:
+        histogram, batches, images, engine, lost, waited = self._stage_children[stage]
         histogram.observe(seconds)
         batches.inc()
         images.inc(size)
         engine.inc(seconds)
+        waited.inc(waited_s)
         if abandoned:
             lost.inc(seconds * abandoned / size)
 
@@ -227,12 +267,16 @@ class Metrics:
     def watch(
         self,
         *,
+        executors: int,
+        batch_sizes: Sequence[int],
+        frontier: Sequence[FrontierRow],
         queue_depths: Callable[[], Mapping[int, int]],
         slots_in_use: Callable[[], int],
         connections: Callable[[], int],
         requests_in_flight: Callable[[], int],
         held_bytes: Callable[[], int],
         budget: Callable[[], BudgetState],
+        held_gmacs: Callable[[], float | None],
         ready: Callable[[], bool],
         oldest: Callable[[], Mapping[str, float]],
         stalled: Callable[[], Mapping[str, int]],
@@ -242,14 +286,19 @@ class Metrics:
         audit: Callable[[], AuditState],
         drift: Callable[[], DriftState],
     ) -> None:
-        """Say where the live figures are to be read. Called once, when the parts have been built."""
+        """Say what is fixed, and where the live figures are to be read. Called once, when the parts have been built."""
+        outline = _outline(frontier)
         self._live.sources = {
+            "executors": lambda: executors,
+            "batch_sizes": lambda: batch_sizes,
+            "outline": lambda: outline,
             "queue_depths": queue_depths,
             "slots_in_use": slots_in_use,
             "connections": connections,
             "requests_in_flight": requests_in_flight,
             "held_bytes": held_bytes,
             "budget": budget,
+            "held_gmacs": held_gmacs,
             "ready": ready,
             "oldest": oldest,
             "stalled": stalled,
@@ -288,8 +337,27 @@ class _Live(Collector):
         audit: AuditState | None = now.get("audit")
         drift: DriftState | None = now.get("drift")
         stages = profile.stages if profile else ()
+        outline: Mapping[int, FrontierRow] = now.get("outline", {})
         yield from _of_budget(budget)
         for name, help_, label, values in (
+            (
+                "dvt_frontier_gmacs",
+                "Predicted mean cost of some rows of the frontier, in billions of multiply-accumulates.",
+                "row",
+                {row: point.gmacs for row, point in outline.items()},
+            ),
+            (
+                "dvt_frontier_accuracy",
+                "Predicted accuracy of the same rows.",
+                "row",
+                {row: point.accuracy for row, point in outline.items()},
+            ),
+            (
+                "dvt_max_batch_size",
+                "Largest batch of a stage.",
+                "stage",
+                _numbered(now.get("batch_sizes", ())),
+            ),
             ("dvt_queue_depth", "Images that wait for a stage.", "stage", now.get("queue_depths", {})),
             (
                 "dvt_oldest_run_seconds",
@@ -346,6 +414,12 @@ class _Live(Collector):
                 "Images that are asked for in a second, refused or not; not of low priority.",
                 now.get("arrival_rate"),
             ),
+            ("dvt_executors", "Batches that run at once.", now.get("executors")),
+            (
+                "dvt_budget_held_gmacs",
+                "Mean cost that is held by moving thresholds, in billions of multiply-accumulates.",
+                now.get("held_gmacs"),
+            ),
             ("dvt_slots_in_use", "Images whose reuse state is kept between stages.", now.get("slots_in_use")),
             ("dvt_connections", "Connections open.", now.get("connections")),
             ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),
@@ -377,8 +451,9 @@ class _Live(Collector):
 
 def _of_budget(budget: BudgetState | None) -> Iterator[Metric]:
     """What GET /budget says, in base units."""
-    mix, observed = (budget.mix, budget.observed) if budget else (None, None)
+    mix, observed, predicted = (budget.mix, budget.observed, budget.predicted) if budget else (None, None, None)
     fractions = observed.exit_fractions if observed else None
+    expected = predicted.exit_fractions if predicted else None
     for name, help_, label, values in (
         (
             "dvt_threshold",
@@ -397,6 +472,12 @@ def _of_budget(budget: BudgetState | None) -> Iterator[Metric]:
             "What the operator asked for; no series of the kinds that are not asked for.",
             "kind",
             _target(budget.target if budget else {}),
+        ),
+        (
+            "dvt_budget_predicted_exit_ratio",
+            "Share of the calibration images that leave here by the thresholds in force.",
+            "exit",
+            _numbered(expected or ()),
         ),
         (
             "dvt_budget_observed_exit_ratio",
@@ -420,6 +501,16 @@ def _of_budget(budget: BudgetState | None) -> Iterator[Metric]:
             budget.pressure if budget else None,
         ),
         (
+            "dvt_budget_predicted_gmacs",
+            "Mean cost of the calibration images by the thresholds in force, in billions of multiply-accumulates.",
+            predicted.gmacs if predicted else None,
+        ),
+        (
+            "dvt_budget_predicted_accuracy",
+            "Accuracy on the calibration images by the thresholds in force.",
+            predicted.accuracy if predicted else None,
+        ),
+        (
             "dvt_budget_observed_images",
             "Images that the observed values speak of: the last under this budget.",
             observed.images if observed else None,
@@ -439,6 +530,21 @@ def _of_budget(budget: BudgetState | None) -> Iterator[Metric]:
         if ms is not None:
             latency.add_sample(latency.name, {"quantile": quantile}, ms / 1000)
     yield latency
+
+
+def _outline(frontier: Sequence[FrontierRow]) -> dict[int, FrontierRow]:
+    """Its ends, and the rows nearest to equal steps of cost between them: enough to draw it, few enough to scrape."""
+    first, last = frontier[0].gmacs, frontier[-1].gmacs
+    costs = [first + (last - first) * step / OUTLINE_STEPS for step in range(OUTLINE_STEPS + 1)]
+    rows = {min(range(len(frontier)), key=lambda row: abs(frontier[row].gmacs - cost)) for cost in costs}
+    return {row: frontier[row] for row in sorted(rows)}
+
+
+def _codes(kind: type[ServeError]) -> Iterator[str]:
+    """Of all errors below this one."""
+    for below in kind.__subclasses__():
+        yield below.code
+        yield from _codes(below)
 
 
 def _gauge(name: str, help_: str, value: float | None) -> Metric:

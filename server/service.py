@@ -147,12 +147,16 @@ class Service:
             bundle.preprocessing, limits, settings.decode_threads, settings.max_queued_decodes, clock
         )
         self.metrics.watch(
+            executors=self.executors,
+            batch_sizes=self.batch_sizes,
+            frontier=bundle.frontier.rows,
             queue_depths=lambda: dict(enumerate(self.batcher.load.waiting, start=1)),
             slots_in_use=lambda: engine.slots_in_use,
             connections=lambda: self.connections.open,
             requests_in_flight=lambda: self.intake.requests,
             held_bytes=lambda: self.intake.held_bytes,
             budget=self.budget.state,
+            held_gmacs=lambda: self.budget.held_gmacs,
             ready=lambda: self.ready,
             oldest=lambda: {
                 threads: max((one.age for one in found), default=0.0) for threads, found in self._by_threads().items()
@@ -280,8 +284,8 @@ class Service:
 
     # -- what the batcher tells (core.Observer)
 
-    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int) -> None:
-        self.metrics.batch_finished(stage, size, seconds, abandoned)
+    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int, waited_s: float) -> None:
+        self.metrics.batch_finished(stage, size, seconds, abandoned, waited_s)
         if self.machine.profile is not None:
             self.machine.profile.observe(stage, size, seconds)
 

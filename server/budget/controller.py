@@ -283,6 +283,11 @@ class BudgetController:
         return solution
 
     @property
+    def held_gmacs(self) -> float | None:
+        """The mean cost that is held, moved by a latency target; None where thresholds stay."""
+        return None if self._loop is None else self._loop.budget
+
+    @property
     def predicted(self) -> Prediction:
         """What calibration says of the thresholds in force."""
         return self._setting.predicted

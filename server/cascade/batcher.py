@@ -299,7 +299,7 @@ class Batcher:
 
     @_watched
     def _observe_batch(self, batch: Batch, seconds: float, ignored: int) -> None:
-        self._observer.batch_finished(batch.run.stage, len(batch.images), seconds, ignored)
+        self._observer.batch_finished(batch.run.stage, len(batch.images), seconds, ignored, batch.waited_s)
 
     @_watched
     def _observe_settled(self, settled: Sequence[Request]) -> None:

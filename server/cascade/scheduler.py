@@ -144,6 +144,7 @@ class Batch:
     images: tuple[Image, ...]
     run: StageBatch
     started: float
+    waited_s: float  # for this stage, all images of clients added up
 
 
 @dataclass(slots=True)
@@ -392,14 +393,17 @@ class Scheduler:
             slots=[image.slot for image in images if image.slot is not None],  # none has one at stage 1, all later
             thresholds=[image.request.thresholds[stage - 1] for image in images],
         )
+        waited_s = 0.0
         for image in images:
             image.slot = None
+            if image.request.priority != BACKGROUND:
+                waited_s += now - image.since
             image.queue_s += now - image.since
             image.since = now
             image.request.running += 1
         self._running[stage - 1] += len(images)
         self._doubted[stage - 1] = math.inf
-        return Batch(images, run, started=now)
+        return Batch(images, run, started=now, waited_s=waited_s)
 
     def update(self, batch: Batch, output: StageOutput, now: float) -> Outcome:
         """Take in what a batch said: images leave or go on to the next stage."""

@@ -107,7 +107,8 @@ class Edge:
         finally:
             route = scope.get("route")
             name = getattr(route, "path", "other") if route is not None else "other"
-            self._metrics.request_finished(name, status or HUNG_UP, self._clock() - started)
+            seconds = self._clock() - started
+            self._metrics.request_finished(name, status or HUNG_UP, seconds, *state.get("asked", ()))
             if (code := state.get("code")) is not None:
                 self._metrics.request_refused(code)
 

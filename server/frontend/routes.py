@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _BUDGET_LIMITS = BodyLimits(max_bytes=16 * 1024, max_images=0)
 _AT_ONCE = 1000  # predictions that are told between two turns of the event loop: about a millisecond
 PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "low": LOW}
+_NAMES = {priority: name for name, priority in PRIORITIES.items()}
 
 
 def _service(request: Request) -> Service:
@@ -126,14 +127,16 @@ async def classify(request: Request) -> Response:
         max_timeout_ms=settings.max_timeout_ms,
         exits=service.exits,
     )
+    hurried = ask.timeout_s < min(metrics.PROMISED_S, settings.timeout_ms / 1000)
+    request.scope["state"]["asked"] = (_NAMES[ask.priority], "true" if hurried else "false")
     request_id = request.scope["state"]["request_id"]
     with service.intake.enter() as visit:
         encoded = await read_images(dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold)
         visit.begin()
         service.note_arrival(len(encoded), ask.timeout_s, ask.priority)
         service.check_queue(ask.priority)
-        arrived = clock()
-        deadline = arrived + service.answer_time.within(ask.timeout_s, _waited_s(request))
+        arrived, waited_s = clock(), _waited_s(request)
+        deadline = arrived + service.answer_time.within(ask.timeout_s, waited_s)
         async with WhileConnected(request.receive):
             pixels = await service.decoder.decode(encoded, deadline, ask.priority)
             decoded = clock()
@@ -149,7 +152,7 @@ async def classify(request: Request) -> Response:
         decode_s, total_s = decoded - arrived, answered - arrived
         body = await shape_answer(service.bundle.manifest, service.stage_gmacs, answer, ask.top_k, decode_s, total_s)
     # When the answer is on its way, not before.
-    asyncio.get_running_loop().call_soon(_record, service, pixels, answer, decode_s, total_s, answered, ask)
+    asyncio.get_running_loop().call_soon(_record, service, pixels, answer, decode_s, total_s, waited_s, answered, ask)
     return json_response(body)
 
 
@@ -165,11 +168,13 @@ def _record(
     answer: Answer,
     decode_s: float,
     total_s: float,
+    waited_s: float,
     answered: float,
     ask: Ask,
 ) -> None:
     service.answer_time.observe(answer.decided, answered)
     service.metrics.decoded(decode_s)
+    service.metrics.answered(_NAMES[ask.priority], waited_s + total_s)
     service.drift.observe(answer, ask.steered)
     service.budget.observe(answer, total_s, ask.steered, low=ask.priority == LOW)
     if not ask.steered:

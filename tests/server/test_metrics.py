@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.budget.audit import AuditState
@@ -16,9 +18,10 @@ from server.budget.controller import BudgetState, Feasible, Observed, Prediction
 from server.budget.drift import DriftState
 from server.budget.loops import KAPPA
 from server.budget.sample import Estimate
+from server.bundle.frontier import FrontierRow
 from server.bundle.profile import LatencyProfile, LiveProfile
 from server.core import ImageResult, Mix
-from server.metrics import Metrics
+from server.metrics import OUTLINE_STEPS, Metrics, _outline
 
 
 @pytest.fixture
@@ -37,11 +40,17 @@ def result(exit_: int, degraded: bool = False) -> ImageResult:
 
 
 UNSAID = Interval(None, None, None)
+UNPREDICTED = Prediction(None, None, None)
+FRONTIER = [FrontierRow((0.5, 0.5, 0.0), 0.5 + i / 1000, None, 0.01 + i / 10_000, (1.0, 0.0, 0.0)) for i in range(300)]
 UNKNOWN = Observed(0, None, None, Quantiles(None, None))
 
 
 def state(
-    target: dict[str, Any], observed: Observed = UNKNOWN, row: int | None = None, mix: Mix | None = None
+    target: dict[str, Any],
+    observed: Observed = UNKNOWN,
+    row: int | None = None,
+    mix: Mix | None = None,
+    predicted: Prediction = UNPREDICTED,
 ) -> BudgetState:
     return BudgetState(
         version=4,
@@ -50,7 +59,7 @@ def state(
         clamped=False,
         thresholds=(0.9, 0.7, 0.0),
         mix=mix,
-        predicted=Prediction(None, None, None),
+        predicted=predicted,
         observed=observed,
         feasible=Feasible((0.01, 0.08), (0.5, 0.9), None),
         row=row,
@@ -59,16 +68,19 @@ def state(
 
 
 def test_mean_batch_fill_is_one_division(metrics: Metrics) -> None:
-    metrics.batch_finished(2, 8, 0.1, 0)
-    metrics.batch_finished(2, 4, 0.1, 0)
+    metrics.batch_finished(2, 8, 0.1, 0, 0.4)
+    metrics.batch_finished(2, 4, 0.1, 0, 0.2)
     images, batches = (value(metrics, name, stage="2") for name in ("dvt_batch_images_total", "dvt_batches_total"))
     assert images is not None
     assert batches is not None
     assert images / batches == 6
+    waited = value(metrics, "dvt_waited_seconds_total", stage="2")
+    assert waited is not None
+    assert waited / images == pytest.approx(0.05)
 
 
 def test_engine_time_of_abandoned_rows_is_their_share_of_the_batch(metrics: Metrics) -> None:
-    metrics.batch_finished(1, 4, 0.2, 1)
+    metrics.batch_finished(1, 4, 0.2, 1, 0.0)
     assert value(metrics, "dvt_engine_seconds_total", stage="1") == pytest.approx(0.2)
     assert value(metrics, "dvt_abandoned_engine_seconds_total", stage="1") == pytest.approx(0.05)
 
@@ -86,11 +98,34 @@ def test_series_exist_before_their_first_event(metrics: Metrics) -> None:
     assert value(metrics, "dvt_images_total", exit="2", degraded="true") == 0
     assert value(metrics, "dvt_images_abandoned_total", reason="disconnect") == 0
     assert value(metrics, "dvt_batches_total", stage="3") == 0
+    assert value(metrics, "dvt_refused_total", code="engine_failed") == 0
+    assert value(metrics, "dvt_requests_total", route="/classify", status="503", priority="low", hurried="true") == 0
+
+
+def test_requests_count_by_priority_where_it_is_known(metrics: Metrics) -> None:
+    metrics.request_finished("/classify", 503, 0.01, "low", "false")
+    metrics.request_finished("/classify", 503, 0.01)
+    for priority, hurried in (("low", "false"), ("", "")):
+        labels = {"route": "/classify", "status": "503", "priority": priority, "hurried": hurried}
+        assert value(metrics, "dvt_requests_total", **labels) == 1
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60, unique=True))
+def test_the_frontier_is_drawn_by_few_rows_both_ends_among_them(costs: list[float]) -> None:
+    frontier = [FrontierRow((0.5, 0.0), cost, None, cost, (1.0, 0.0)) for cost in sorted(costs)]
+    outline = _outline(frontier)
+    assert {0, len(frontier) - 1} <= outline.keys()
+    assert len(outline) <= OUTLINE_STEPS + 1
+    assert all(frontier[row] is point for row, point in outline.items())
 
 
 def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
     slots = 0
     metrics.watch(
+        executors=2,
+        batch_sizes=(16, 8, 4),
+        frontier=FRONTIER,
+        held_gmacs=lambda: 0.03,
         queue_depths=lambda: {1: 5, 2: 0, 3: 2},
         slots_in_use=lambda: slots,
         connections=lambda: 2,
@@ -101,6 +136,7 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
             Observed(200, 0.03, (0.5, 0.25, 0.25), Quantiles(6.0, 20.0)),
             row=7,
             mix=Mix((0.95, 0.8, 0.0), 0.4),
+            predicted=Prediction(0.8, 0.031, (0.6, 0.3, 0.1)),
         ),
         ready=lambda: True,
         oldest=lambda: {"executor": 2.5, "decode": 0.0},
@@ -136,6 +172,13 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
     assert value(metrics, "dvt_budget_observed_exit_ratio", exit="2") == 0.25
     assert value(metrics, "dvt_budget_observed_latency_seconds", quantile="0.5") == 0.006
     assert value(metrics, "dvt_budget_observed_latency_seconds", quantile="0.99") == 0.02
+    assert (value(metrics, "dvt_executors"), value(metrics, "dvt_max_batch_size", stage="2")) == (2, 8)
+    assert value(metrics, "dvt_budget_held_gmacs") == 0.03
+    assert (value(metrics, "dvt_budget_predicted_accuracy"), value(metrics, "dvt_budget_predicted_gmacs")) == (
+        0.8,
+        0.031,
+    )
+    assert value(metrics, "dvt_budget_predicted_exit_ratio", exit="2") == 0.3
     assert value(metrics, "dvt_latency_kappa") == 1.5
     assert value(metrics, "dvt_ready") == 1
     assert value(metrics, "dvt_oldest_run_seconds", threads="executor") == 2.5
@@ -152,6 +195,10 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
 
 def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
     metrics.watch(
+        executors=2,
+        batch_sizes=(16, 8, 4),
+        frontier=FRONTIER,
+        held_gmacs=lambda: None,
         queue_depths=dict,
         slots_in_use=lambda: 0,
         connections=lambda: 2,
@@ -171,7 +218,8 @@ def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
     assert not with_samples & {
         "dvt_audit_agreement", "dvt_audit_ratio", "dvt_budget_target", "dvt_budget_row", "dvt_budget_observed_gmacs",
         "dvt_budget_observed_exit_ratio", "dvt_budget_observed_latency_seconds", "dvt_mix_threshold", "dvt_mix_share",
-        "dvt_latency_kappa",
+        "dvt_latency_kappa", "dvt_budget_held_gmacs", "dvt_budget_predicted_accuracy", "dvt_budget_predicted_gmacs",
+        "dvt_budget_predicted_exit_ratio",
     }  # fmt: skip
     assert value(metrics, "dvt_budget_observed_images") == 0
     assert value(metrics, "dvt_audit_accuracy_gap", bound="mean") is None
@@ -220,6 +268,44 @@ def of(samples: dict[tuple[str, ...], float], name: str) -> dict[tuple[str, ...]
     return {key[1:]: value for key, value in samples.items() if key[0] == name}
 
 
+async def test_requests_are_counted_and_answers_timed_by_priority(served: Any, photo: Callable[..., bytes]) -> None:
+    await served.classify(photo(255), params={"priority": "low"})
+    await served.classify(photo(255))
+    await served.classify(photo(255), params={"priority": "none"})
+    samples = await scrape(served)
+    assert [samples["dvt_answer_seconds_count", name] for name in ("high", "normal", "low")] == [0, 1, 1]
+    finished = {key: n for key, n in of(samples, "dvt_requests_total").items() if "/classify" in key and n}
+    assert finished == {
+        ("false", "low", "/classify", "200"): 1,
+        ("false", "normal", "/classify", "200"): 1,
+        ("", "", "/classify", "422"): 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("default", "asked", "hurried"), [(1000, 499, "true"), (1000, 500, "false"), (200, 200, "false")]
+)
+async def test_who_allows_less_time_than_is_promised_is_told_apart(
+    serve: Any, photo: Callable[..., bytes], default: int, asked: int, hurried: str
+) -> None:
+    async with serve(timeout_ms=default) as served:
+        await served.classify(photo(255), params={"timeout_ms": asked})
+        labels = {"route": "/classify", "status": "200", "priority": "normal", "hurried": hurried}
+        assert await served.metric("dvt_requests_total", **labels) == 1
+
+
+async def test_the_waits_for_all_stages_are_the_waits_of_the_images(serve: Any, photo: Callable[..., bytes]) -> None:
+    async with serve(audit_fraction=1) as served:
+        await asyncio.gather(*(served.classify(photo(10, 255)) for _ in range(9)))
+        while (task := served.service.audit._task) is not None:
+            await asyncio.wait([task])
+        samples = await scrape(served)
+        assert samples["dvt_batch_images_total", "3"] == 9, "of audits, whose waits are nobody's"
+        waits = of(samples, "dvt_waited_seconds_total")
+        assert set(waits) == {("1",), ("2",), ("3",)}
+        assert sum(waits.values()) == pytest.approx(samples["dvt_queue_seconds_sum",])
+
+
 class TestTheLiveBudget:
     """The metrics say what GET /budget says."""
 
@@ -236,6 +322,10 @@ class TestTheLiveBudget:
                 samples = await scrape(served)
                 assert of(samples, "dvt_budget_target") == series
                 assert samples["dvt_budget_row",] == budget["row"]
+                assert samples["dvt_budget_predicted_gmacs",] == budget["predicted"]["gmacs"]
+                assert samples["dvt_budget_predicted_accuracy",] == budget["predicted"]["accuracy"]
+                held = target.get("gmacs", budget["predicted"]["gmacs"])
+                assert samples["dvt_budget_held_gmacs",] == pytest.approx(held)
                 assert samples["dvt_budget_version",] == budget["version"]
 
     async def test_what_is_observed_appears_with_the_first_image_and_goes_with_a_new_budget(
@@ -270,6 +360,7 @@ class TestTheLiveBudget:
         ):
             assert of(samples, name) == {(str(i),): threshold for i, threshold in enumerate(thresholds, start=1)}
         assert 0 < samples["dvt_mix_share",] == budget["mix"]["share"] < 1
+        assert of(samples, "dvt_budget_held_gmacs") == {}, "thresholds stay"
         await served.http.put("/budget", json={"gmacs": 0.03})
         samples = await scrape(served)
         assert of(samples, "dvt_mix_threshold") == of(samples, "dvt_mix_share") == {}

@@ -257,7 +257,7 @@ class TestAtTheStart:
             assert all(row["ms"] > 0 for row in rows)
             for stage in "123":
                 assert await served.metric("dvt_profile_image_seconds", stage=stage) >= 0
-            served.service.batch_finished(1, 1, 1000 * believed, 0)
+            served.service.batch_finished(1, 1, 1000 * believed, 0, 0.0)
             assert live.seconds(1, 1) > believed
             assert (await served.classify(photo(255))).status_code == 200
 

@@ -28,11 +28,13 @@ class Tally:
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int, int]] = []  # stage, size, abandoned
+        self.waited_s = 0.0
         self.finished: list[ImageResult] = []
         self.abandoned: Counter[str] = Counter()
 
-    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int) -> None:
+    def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int, waited_s: float) -> None:
         assert seconds >= 0
+        self.waited_s += waited_s
         self.batches.append((stage, size, abandoned))
 
     def image_finished(self, result: ImageResult) -> None:

@@ -790,8 +790,8 @@ class TestTheRest:
             for family in text_string_to_metric_families(response.text)
             for sample in family.samples
         }
-        assert samples[("dvt_requests_total", "/classify", "200")] == 1
-        assert samples[("dvt_requests_total", "/classify", "400")] == 1
+        assert samples[("dvt_requests_total", "/classify", "200", "false", "normal")] == 1
+        assert samples[("dvt_requests_total", "/classify", "400", "false", "normal")] == 1
         assert samples[("dvt_refused_total", "bad_image")] == 1
         assert samples[("dvt_images_total", "1", "false")] == 1
         assert samples[("dvt_images_total", "2", "false")] == 1
@@ -833,7 +833,12 @@ class TestHangUps:
             await request
             assert sent == []
             assert not served.service.intake.requests
-            assert await served.metric("dvt_requests_total", route="/classify", status="499") == 1
+            assert (
+                await served.metric(
+                    "dvt_requests_total", route="/classify", status="499", priority="normal", hurried="false"
+                )
+                == 1
+            )
             assert await served.metric("dvt_images_abandoned_total", reason="disconnect") == 1
             assert served.service.audit.state().chosen == 0, "there was no answer"
             engine.open_gates()

@@ -65,7 +65,12 @@ async def test_a_client_that_hangs_up_between_stages_frees_everything(
         assert sum(len(batch.pixels) for batch in engine.batches if batch.stage > 1) == held
         count = here.service.metrics.registry.get_sample_value
         assert count("dvt_images_abandoned_total", {"reason": "disconnect"}) == 5
-        assert count("dvt_requests_total", {"route": "/classify", "status": "499"}) == 5
+        assert (
+            count(
+                "dvt_requests_total", {"route": "/classify", "status": "499", "priority": "normal", "hurried": "false"}
+            )
+            == 5
+        )
 
 
 async def test_a_refusal_before_the_body_was_read_arrives_whole(listening: Any) -> None:
