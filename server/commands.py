@@ -119,6 +119,8 @@ def start(settings: Settings, dry_run: bool) -> None:
         except ModuleNotFoundError as error:
             raise click.ClickException(f"no engine: {error}; install one: pip install 'dvt-serve[cpu]'") from None
         log.info("the engine is %s: %s on %s", engine.name, engine.runtime, engine.device)
+        if settings.state_dir is None:
+            log.info("budgets are kept in memory only, until this process ends: DVT_STATE_DIR names no folder")
         # A dry run leaves the stored budget to the server that may be running.
         app = create_app(settings.model_copy(update={"state_dir": None}) if dry_run else settings, loaded, engine)
         manifest = loaded.manifest
