@@ -16,11 +16,10 @@ ARG EXTRA=cpu
 # -- everything that is installed, in /opt/dvt
 
 FROM ${PYTHON_IMAGE} AS build
-SHELL ["/bin/sh", "-eu", "-c"]
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
 COPY deploy/requirements/ requirements/
-# Tools in an environment of their own: the image has neither pip nor setuptools.
+# Tools in an environment of their own: what is installed has neither pip nor setuptools.
 RUN python3 -m venv tools \
     && tools/bin/pip install --require-hashes --only-binary :all: -r requirements/build.txt \
     && python3 -m venv --without-pip /opt/dvt
@@ -30,7 +29,8 @@ RUN case "$EXTRA" in cpu|gpu) ;; *) echo "EXTRA is cpu or gpu, not $EXTRA" >&2; 
         --require-hashes --no-deps --only-binary :all: -r "requirements/$EXTRA.txt"
 ARG TENSORRT=1
 ARG TENSORRT_LIBS_SHA256=
-RUN if [ "$EXTRA" = gpu ] && [ "$TENSORRT" = 1 ]; then \
+RUN set -eu; \
+    if [ "$EXTRA" = gpu ] && [ "$TENSORRT" = 1 ]; then \
         version=$(sed -n 's/^tensorrt-cu13==\([0-9.]*\).*/\1/p' requirements/tensorrt.txt); \
         echo "tensorrt-cu13-libs==$version ${TENSORRT_LIBS_SHA256:+--hash=sha256:$TENSORRT_LIBS_SHA256}" > libs.txt; \
         tools/bin/pip download --no-deps --only-binary :all: --index-url https://pypi.nvidia.com -d wheels -r libs.txt; \
@@ -49,7 +49,6 @@ RUN tools/bin/pip wheel --no-deps --no-build-isolation -w wheels . \
 # -- what it consists of: --target sbom
 
 FROM build AS inventory
-SHELL ["/bin/sh", "-eu", "-c"]
 RUN python3 -m venv cyclonedx \
     && cyclonedx/bin/pip install --require-hashes --no-deps --only-binary :all: -r requirements/sbom.txt \
     && cyclonedx/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
@@ -62,7 +61,6 @@ COPY --from=inventory /build/dvt-serve.cdx.json /
 # -- what runs
 
 FROM ${PYTHON_IMAGE}
-SHELL ["/bin/sh", "-eu", "-c"]
 LABEL org.opencontainers.image.title="DVT Serve" \
       org.opencontainers.image.description="An inference server for Dynamic Vision Transformers"
 ENV PATH=/opt/dvt/bin:$PATH \
