@@ -52,4 +52,4 @@ buildah build "${flags[@]}" --tag "$image" .
 buildah build "${flags[@]}" --target sbom --output "type=local,dest=$scratch/sbom" .
 podman image inspect --format "$image of $base: {{.Size}} bytes" "$image"
 
-IMAGE="$image" SBOM="$scratch/sbom/dvt-serve.cdx.json" python -m pytest -m image tests/deploy "$@"
+IMAGE_UNDER_TEST="$image" SBOM_UNDER_TEST="$scratch/sbom/dvt-serve.cdx.json" python -m pytest -m image tests/deploy "$@"

@@ -1,6 +1,6 @@
 """The image, run as clusters run it: read-only, without capabilities, as a user that it does not know.
 
-Opt-in: `make image-test` builds it and names it in IMAGE, and what it consists of in SBOM.
+Opt-in: `make image-test` builds it and names it in IMAGE_UNDER_TEST, and what it consists of in SBOM_UNDER_TEST.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pytest
 
 from server.bundle.manifest import EMBEDDED
 
-IMAGE = os.environ.get("IMAGE", "")
+IMAGE = os.environ.get("IMAGE_UNDER_TEST", "")
 ROOT = Path(__file__).parents[2]
 PODMAN = ("podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs")
 # As the restricted pod security standard wants it, and with nothing that can be written to.
@@ -174,7 +174,7 @@ def test_it_is_not_root_and_only_what_runs_is_in_it() -> None:
 
 
 def test_its_list_of_parts_names_what_is_installed() -> None:
-    parts = json.loads(Path(os.environ["SBOM"]).read_text())
+    parts = json.loads(Path(os.environ["SBOM_UNDER_TEST"]).read_text())
     assert parts["bomFormat"] == "CycloneDX"
     assert parts["metadata"]["component"]["name"] == "dvt-serve"
     listed = {part["name"].lower().replace("_", "-"): part["version"] for part in parts["components"]}
