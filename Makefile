@@ -3,10 +3,15 @@
 # VENV=…    another place for the virtual environment (no spaces in it)
 # PYTHON=…  the interpreter that makes it
 # PORT=…    where `make serve` listens
+# EXTRA=…   the image: cpu or gpu
+# BUILDER=… what builds it: docker, podman or buildah; BUILD_FLAGS=… for it
 
 VENV ?= .venv
 PYTHON ?= python3
 PORT ?= 8000
+EXTRA ?= cpu
+BUILDER ?= $(notdir $(firstword $(wildcard $(foreach tool,docker podman buildah,$(addsuffix /$(tool),$(subst :, ,$(PATH)))))))
+BUILD_FLAGS ?=
 
 # One stamp for each set of packages, newer than what it was installed from. Development contains serving.
 CREATED := $(VENV)/.created
@@ -18,10 +23,10 @@ INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c cons
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would trip over each other
-.PHONY: help setup serve test ablations lint format
+.PHONY: help setup serve test ablations lint format lock image image-test sbom
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: $(DEVELOPMENT) ## .venv with everything for development
 
@@ -34,15 +39,44 @@ test: lint ## set up, check style, types and import contracts, and run the tests
 ablations: $(DEVELOPMENT) ## train the paper's ablations in small: hours. TRAIN=… TEST=… image folders
 	$(VENV)/bin/python -m benchmarks.ablations $(TRAIN) $(TEST) runs/ablations --out
 
-lint: $(DEVELOPMENT) ## ruff, mypy and import-linter
+lint: $(DEVELOPMENT) ## ruff, mypy, import-linter and hadolint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint Dockerfile
 
 format: $(DEVELOPMENT) ## let ruff put imports and layout right
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# What an image installs, with the hash of every file: constraints.txt, as far as the image needs it.
+LOCK := $(VENV)/bin/uv --no-config pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock' --constraint constraints.txt
+LOCKS := deploy/requirements
+
+lock: $(DEVELOPMENT) ## deploy/requirements/*.txt anew from pyproject.toml and constraints.txt
+	$(LOCK) --only-binary :all: pyproject.toml --extra cpu -o $(LOCKS)/cpu.txt
+	$(LOCK) --only-binary :all: pyproject.toml --extra cpu --extra gpu-trt \
+		--override $(LOCKS)/without-tensorrt.txt --no-emit-package tensorrt-cu13 -o $(LOCKS)/gpu.txt
+	$(LOCK) --no-deps $(LOCKS)/tensorrt.in -o $(LOCKS)/tensorrt.txt
+	$(LOCK) --only-binary :all: $(LOCKS)/build.in -o $(LOCKS)/build.txt
+	$(LOCK) --only-binary :all: $(LOCKS)/sbom.in -o $(LOCKS)/sbom.txt
+
+image: ## the container image dvt-serve:EXTRA
+	@$(NEED_BUILDER)
+	$(BUILD) --build-arg EXTRA=$(EXTRA) --tag dvt-serve:$(EXTRA) .
+
+sbom: ## dist/dvt-serve.cdx.json: what the image dvt-serve:EXTRA consists of
+	@$(NEED_BUILDER)
+	$(BUILD) --build-arg EXTRA=$(EXTRA) --target sbom --output type=local,dest=dist .
+
+image-test: $(DEVELOPMENT) ## build the image and run it: buildah and podman, as root. PYTHON_IMAGE=… another base
+	PATH="$(abspath $(VENV))/bin:$$PATH" deploy/test_image.sh
+
+# Of podman and buildah, images of Docker's format: the other one has no health check.
+BUILD = $(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) $(BUILD_FLAGS)
+NEED_BUILDER = test -n "$(BUILDER)" || { echo "make image needs docker, podman or buildah, and none is here" >&2; exit 1; }
 
 $(CREATED):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

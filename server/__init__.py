@@ -1,6 +1,12 @@
 """Everything that answers requests, without torch. `docs/architecture.md` shows the rooms."""
 
+import os
+
 DISTRIBUTION = "dvt-serve"
+
+# ONNX Runtime tells its maker of every model that it opens, and leaves an id in the user's home, unless it is told not
+# to before it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def release() -> str:

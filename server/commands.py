@@ -55,7 +55,8 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     bundle: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="Folder of a bundle; by default the embedded model.")
+        Path | None,
+        typer.Argument(metavar="BUNDLE", readable=False, help="Folder of a bundle; by default the embedded model."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.  [default: 8000]")] = None,
@@ -119,6 +120,8 @@ def start(settings: Settings, dry_run: bool) -> None:
         except ModuleNotFoundError as error:
             raise click.ClickException(f"no engine: {error}; install one: pip install 'dvt-serve[cpu]'") from None
         log.info("the engine is %s: %s on %s", engine.name, engine.runtime, engine.device)
+        if settings.state_dir is None and not dry_run:
+            log.info("budgets are kept in memory only, until this process ends: DVT_STATE_DIR names no folder")
         # A dry run leaves the stored budget to the server that may be running.
         app = create_app(settings.model_copy(update={"state_dir": None}) if dry_run else settings, loaded, engine)
         manifest = loaded.manifest
@@ -155,7 +158,9 @@ def hush() -> None:
 
 
 def calibrate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle; its frontier.json is replaced.")],
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", readable=False, help="The bundle; its frontier.json is replaced.")
+    ],
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="An image folder: IMAGES/<label>/<file>.")],
     held_out: Annotated[
         float,
@@ -200,7 +205,7 @@ def calibrate(
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle in half precision.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", readable=False, help="A bundle in half precision.")],
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -301,7 +306,9 @@ def _batch_sizes(text: str) -> list[int]:
 
 
 def profile(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle; its profile.json is replaced.")],
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", readable=False, help="The bundle; its profile.json is replaced.")
+    ],
     executors: Annotated[
         int | None,
         typer.Option(

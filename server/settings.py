@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +24,39 @@ class SettingsError(Exception):
     """A setting that cannot be used. The message is one line and names it."""
 
 
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """Cores that this process may use: the smaller of its CPU affinity and its cgroup quota (v2 or v1), at least 1.
 
     `os.cpu_count()` counts the machine's cores, which in a container is far too many.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota_v2(cgroup / "cpu.max") or _quota_v1(cgroup / "cpu")
-    return max(1, min(cores, int(quota))) if quota else max(1, cores)
+    return max(1, min([cores, *map(int, _quotas(cgroup, membership))]))
+
+
+def _quotas(cgroup: Path, membership: Path) -> list[float]:
+    """Of the process's own group and of all above it: each of them counts.
+
+    In a container the own group is the root of what is mounted, whatever `membership` calls it; under systemd, or where
+    the container sees the machine's groups, it lies below.
+    """
+    try:
+        lines = [line.split(":", 2) for line in os.fsdecode(membership.read_bytes()).splitlines()]
+    except OSError:
+        lines = []
+    paths = {controllers: path for _, controllers, path in (line for line in lines if len(line) == 3)}
+    v1 = next((path for controllers, path in paths.items() if "cpu" in controllers.split(",")), "/")
+    found = [_quota_v2(folder / "cpu.max") for folder in _down(cgroup, paths.get("", "/"))]
+    found += [_quota_v1(folder) for folder in _down(cgroup / "cpu", v1)]
+    return [quota for quota in found if quota]
+
+
+def _down(root: Path, path: str) -> Iterator[Path]:
+    """The folders from a root down along a path. One that leads out of it, as a namespace may show, is none."""
+    yield root
+    parts = [part for part in path.split("/") if part]
+    if ".." not in parts:
+        for part in parts:
+            yield (root := root / part)
 
 
 def _quota_v2(path: Path) -> float | None:

@@ -113,6 +113,14 @@ def test_the_embedded_model_is_in_order_and_small_enough_to_ship(tmp_path: Path)
     assert grids == sorted(grids)
 
 
+def test_nothing_is_told_to_others_nor_left_in_the_users_home(tmp_path: Path) -> None:
+    # In continuous integration ONNX Runtime tells nothing anyway.
+    outside = dict.fromkeys(("CI", "XDG_CACHE_HOME", "XDG_STATE_HOME"), "") | {"HOME": str(tmp_path)}
+    checked = dvt("serve", "--dry-run", **outside)
+    assert checked.returncode == 0, checked.stderr
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_the_embedded_model_sees_a_landscape_in_the_example_picture() -> None:
     from server.core import StageBatch
     from server.engines import load_engine

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 import pytest
@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from server import commands
 from server.__main__ import add, build
 from server.bundle.manifest import EMBEDDED, Preprocessing
 from server.commands import hush, parse_target
@@ -58,6 +59,13 @@ def test_help_explains_and_shows_examples(dvt: Run, command: list[str]) -> None:
     status, out, _ = dvt(*command, "--help")
     assert status == 0
     assert f"dvt {command[0] if command else 'serve'}" in out
+
+
+@pytest.mark.parametrize("command", [commands.serve, commands.build, commands.profile, commands.calibrate])
+def test_a_bundle_that_may_not_be_read_is_left_to_who_says_so_in_one_line(command: Callable[..., None]) -> None:
+    # typer would say it with three lines of usage. (Root may read every folder, so none is tried here.)
+    (argument,) = get_type_hints(command, include_extras=True)["bundle"].__metadata__
+    assert not argument.readable
 
 
 def test_all_commands_of_the_server_are_there(dvt: Run) -> None:

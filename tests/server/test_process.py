@@ -156,6 +156,32 @@ def test_ctrl_c_during_the_imports_is_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted\n")
 
 
+NAMESPACE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+
+
+def test_the_first_process_of_a_container_hears_sigterm_from_its_first_moment_on() -> None:
+    if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no process namespaces here")
+    # While `typer` is being imported, it is told to stop. What PID 1 has no handler for, the kernel does not deliver.
+    script = textwrap.dedent(
+        """
+        import importlib.abc, os, signal, sys
+
+        class Meanwhile(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == "typer":
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        assert os.getpid() == 1
+        sys.meta_path.insert(0, Meanwhile())
+        import server.__main__
+        print("it was not heard")
+        """
+    )
+    done = subprocess.run([*NAMESPACE, sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+
+
 LOGGED = textwrap.dedent(
     """
     import asyncio, errno, logging, sys, warnings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -97,6 +98,43 @@ def test_cores_are_those_that_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
     assert usable_cores(tmp_path) == 1
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 6, 7})
+
+
+@pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize("above", ["", "system.slice"])
+@pytest.mark.parametrize(
+    ("file", "quota", "line"),
+    [
+        ("cpu.max", "200000 100000", "0::/system.slice/dvt.service"),
+        ("cpu/cpu.cfs_quota_us", "200000", "4:cpu,cpuacct:/system.slice/dvt.service"),
+    ],
+)
+def test_a_quota_counts_wherever_it_stands_above_the_process(
+    tmp_path: Path, file: str, quota: str, line: str, above: str
+) -> None:
+    groups, membership = tmp_path / "cgroup", tmp_path / "membership"
+    membership.write_text(f"5:memory:/elsewhere\n{line}\nbroken\n")
+    name = Path(file)
+    own, one_above = (groups / name.parent / folder for folder in ("system.slice/dvt.service", above))
+    own.mkdir(parents=True)
+    for folder, value in ((own, "600000 100000" if name.name == "cpu.max" else "600000"), (one_above, quota)):
+        (folder / name.name).write_text(value)
+        (folder / "cpu.cfs_period_us").write_text("100000")
+    assert usable_cores(groups, membership) == 2
+    membership.write_text("0::/../../another\n4:cpu:/../../another\n")  # as a namespace shows what lies outside of it
+    assert usable_cores(groups, membership) == (8 if above else 2)
+
+
+@pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize(("quota", "cores"), [("50000", 1), ("150000", 1), ("250000", 2), ("9900000", 8), ("max", 8)])
+def test_a_part_of_a_core_is_no_core(tmp_path: Path, quota: str, cores: int) -> None:
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    assert usable_cores(tmp_path, tmp_path / "none") == cores
 
 
 def test_every_name_with_a_unit_says_it() -> None:
