@@ -49,8 +49,8 @@ class Form(Protocol):
     def line(self, image: str, answer: ImageResult | ServeError) -> bytes: ...
 
     def read(self, line: bytes) -> tuple[str, bool]:
-        """The image that a line is about, and whether it failed. Raises ValueError for what is no such line, LookupError for one of another
-        bundle or other thresholds."""
+        """The image that a line is about, and whether it failed. Raises ValueError for what is no such line,
+        LookupError for one of another bundle or other thresholds."""
         ...
 
 
@@ -157,8 +157,8 @@ class StandardOutput:
 
 
 class AnswerFile:
-    """Owns the file under its two names, and the lines that are not written yet. `done`: images that had a line before, `failed`: how many of
-    these say that the image is bad."""
+    """Owns the file under its two names, and the lines that are not written yet. `done`: images that had a line before,
+    `failed` of them a bad one."""
 
     def __init__(self, path: Path, form: Form, *, resume: bool = False, force: bool = False) -> None:
         """`resume` goes on where a run ended, `force` begins anew; without either there must be neither file.
