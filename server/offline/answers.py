@@ -105,7 +105,7 @@ class Csv(_Answers):
         "image", "label", "class_id", "probability", "exit", "confidence", "gmacs", "error", "version", "thresholds"
     )  # fmt: skip
     _ERROR = _COLUMNS.index("error")
-    head = ",".join(_COLUMNS).encode() + b"\n"
+    head = ",".join(_COLUMNS).encode() + b"\r\n"
     quotes = True
 
     def line(self, image: str, answer: ImageResult | ServeError) -> bytes:
@@ -119,7 +119,7 @@ class Csv(_Answers):
     @staticmethod
     def _row(*fields: object) -> bytes:
         stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerow(fields)
+        csv.writer(stream, lineterminator="\r\n").writerow(fields)  # as RFC 4180 says; of "\n" it would not quote "\r"
         return stream.getvalue().encode("utf-8", "surrogateescape")  # names are bytes, of whatever encoding
 
     def read(self, line: bytes) -> tuple[str, bool]:
