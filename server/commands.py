@@ -377,7 +377,7 @@ def batch(
       dvt batch photos -o answers.jsonl
       dvt batch photos -o answers.jsonl --resume
       dvt batch photos -o answers.csv --bundle my-bundle --budget gmacs=0.04
-      find photos -name '*.jpg' | dvt batch - -o - | jq .predictions[0].label
+      dvt batch - -o - < names.txt | jq .predictions[0].label
     """
     # Heavy, as above.
     from server.errors import BundleError, EngineUnavailable, ServeError

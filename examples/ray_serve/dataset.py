@@ -1,6 +1,6 @@
 """Classify a folder with Ray Data: each actor holds a whole cascade, and streams its blocks through it.
 
-    python -m examples.ray_serve.dataset photos answers --actors 2 gmacs=0.04
+    python -m examples.ray_serve.dataset photos answers --budget gmacs=0.04 --actors 2
 
 On one machine `dvt batch` does the same with less around it. This is for data that lies where Ray reads from, and for
 more machines than one.
@@ -58,14 +58,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("out", help="folder for Parquet files")
-    parser.add_argument("target", nargs="?", help="gmacs=0.04 or accuracy=0.75")
+    parser.add_argument("--budget", metavar="TARGET", help="gmacs=0.04 or accuracy=0.75")
     parser.add_argument("--bundle")
     parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--cores", type=int, default=1, help="of each actor (default %(default)s)")
     options = parser.parse_args()
     target = None
-    if options.target:
-        name, _, number = options.target.partition("=")
+    if options.budget:
+        name, _, number = options.budget.partition("=")
         target = {name: float(number)}
     classify(
         options.folder, bundle=options.bundle, target=target, actors=options.actors, cores=options.cores

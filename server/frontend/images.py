@@ -154,8 +154,8 @@ def decode(
 
 
 def fit(rgb: NDArray[np.uint8], preprocessing: Preprocessing) -> Pixels:
-    """What `decode` would make of a picture that is decoded already: (h, w, 3) uint8, RGB, upright. One of the model's
-    input size is taken as it is; others are resized and cropped. Raises BadImage for another array."""
+    """What `decode` would make of the pixels of a JPEG: (h, w, 3) uint8, RGB, upright, in full size. Those of the size
+    that the model takes are taken as they are. Raises BadImage for another array."""
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
         raise _bad(f"pixels are uint8 of shape (height, width, 3), not {rgb.dtype} of shape {rgb.shape}")
     height, width = rgb.shape[:2]

@@ -180,6 +180,7 @@ class AnswerFile:
         if there and not (resume or force):
             raise OutputError(f"{there[0]}: is there already; --resume goes on with it, --force begins anew")
         begun = self.part in there
+        self._has_news = begun  # what is in the part, and nowhere else
         self._descriptor = self._open()
         try:
             if resume and not begun and there:
@@ -191,8 +192,6 @@ class AnswerFile:
             if os.lseek(self._descriptor, 0, os.SEEK_END) == 0:
                 self._hold(form.head)
         except BaseException as error:
-            if not begun:
-                os.unlink(self.part)
             self.close()
             if isinstance(error, OSError):
                 raise self._failed(error) from error
@@ -200,6 +199,7 @@ class AnswerFile:
 
     def add(self, image: str, answer: ImageResult | ServeError) -> None:
         """Raises OutputError, and after it nothing more is written."""
+        self._has_news = True
         self._hold(self._form.line(image, answer))
         if self._held_bytes >= _HELD_BYTES or time.monotonic() - self._wrote_at >= _HELD_S:
             self.flush()
@@ -219,6 +219,7 @@ class AnswerFile:
         try:
             os.fsync(self._descriptor)
             os.replace(self.part, self.path)
+            self._has_news = True
             if hasattr(os, "O_DIRECTORY"):
                 folder = os.open(self.path.parent, os.O_DIRECTORY)
                 try:
@@ -229,8 +230,11 @@ class AnswerFile:
             raise self._failed(error) from error
 
     def close(self) -> None:
-        """May be called twice. What is held and was not flushed is lost."""
+        """May be called twice. What is held and was not flushed is lost; a part without an answer of its own goes."""
         if self._descriptor >= 0:
+            if not self._has_news:
+                with suppress(OSError):
+                    os.unlink(self.part)
             os.close(self._descriptor)
             self._descriptor = -1
 
