@@ -56,6 +56,7 @@ Key = TypeVar("Key")
 
 MAX_SLOTS = 1024  # states that an engine on a GPU should hold: batches are large there, and later stages gather long
 _AHEAD = 1  # batches that are ready before a thread is idle
+_DECODES = 4  # images, for each thread that decodes, which it decodes or which are next: these are held as they came
 _LEAST_WINDOW = 2048  # images
 _MAX_IMAGE_BYTES = 256 * 2**20
 
@@ -215,7 +216,8 @@ class _Stream(Generic[Key]):
         sizes = cascade.batch_sizes
         batches = engine.executors + _AHEAD
         slots = batches * max(sizes) + sum(sizes[1:])
-        self._live = slots + batches * sizes[0] + 2 * cascade._decode_threads
+        self._most_decoding = _DECODES * cascade._decode_threads
+        self._live = slots + batches * sizes[0] + self._most_decoding
         self._window = max(_LEAST_WINDOW, 4 * self._live)
         self._running = [0] * engine.num_stages
         self._scheduler = Scheduler(
@@ -266,7 +268,12 @@ class _Stream(Generic[Key]):
 
     def _has_room(self) -> bool:
         """Whether the source is to be asked for one more."""
-        return not self._ended and len(self._keys) < self._live and self._pulled - self._given < self._window
+        return (
+            not self._ended
+            and self._decoding < self._most_decoding
+            and len(self._keys) < self._live
+            and self._pulled - self._given < self._window
+        )
 
     def _coming(self) -> bool:
         return self._decoding > 0 or self._has_room()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -239,3 +241,27 @@ def test_the_embedded_model_answers_as_it_does_image_by_image() -> None:
             assert isinstance(answer, ImageResult)
             assert answer.exit == exit_
             assert np.array_equal(answer.probabilities, stages[exit_ - 1].probabilities[0])
+
+
+def test_few_pictures_wait_to_be_decoded(bundle: Bundle, engine: FakeEngine) -> None:
+    """They are held in the size that they came in."""
+    asked = threading.Semaphore(0)
+    more = []
+
+    class Late(os.PathLike[str]):
+        """The thread that decodes is at this one while four are held, and no more are asked for."""
+
+        def __fspath__(self) -> str:
+            for _ in range(4):
+                asked.acquire()
+            more.append(asked.acquire(timeout=0.1))
+            return "/missing"
+
+    def source() -> Iterator[tuple[int, Any]]:
+        for number in range(40):
+            asked.release()
+            yield number, Late() if number == 0 else made(engine, SURE)
+
+    with Cascade(bundle, engine, HALF, decode_threads=1) as cascade:
+        assert len(list(cascade.classify(source()))) == 40
+    assert more == [False]
