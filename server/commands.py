@@ -402,7 +402,7 @@ def batch(
             hidden = as_json or not _is_terminal(sys.stderr)
             total = None if hidden or images == ["-"] else sum(1 for _ in image_files(images))
             files = (
-                (os.fsdecode(line.rstrip(b"\n")) for line in sys.stdin.buffer)
+                (os.fsdecode(name) for line in sys.stdin.buffer if (name := line.rstrip(b"\n")))
                 if images == ["-"]
                 else image_files(images)
             )
