@@ -86,7 +86,7 @@ class Cascade:
         self._decode_threads = decode_threads or usable_cores()
         self._decoders = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="decode")
         self._executors = ThreadPoolExecutor(engine.executors, thread_name_prefix="executor")
-        self._streaming = False
+        self._stream: _Stream[Any] | None = None  # that has begun and not ended
 
     @classmethod
     def open(
@@ -120,18 +120,19 @@ class Cascade:
         Images are taken from the iterable as there is room for them. What the iterable raises is raised, so is
         EngineFailed, where the engine fails on a batch; who stops early should `close` the generator.
         """
-        if self._streaming:
+        if self._stream is not None:
             raise RuntimeError("one stream at a time")
-        self._streaming = True
-        stream = _Stream(self, iter(images), in_order)
+        self._stream = stream = _Stream(self, iter(images), in_order)
         try:
             yield from stream.run()
         finally:
             stream.close()
-            self._streaming = False
+            self._stream = None
 
     def close(self) -> None:
-        """End the threads and close the engine. May be called twice."""
+        """End the stream, the threads and the engine. May be called twice."""
+        if self._stream is not None:  # as where what is done with its answers has failed
+            self._stream.close()
         self._decoders.shutdown(cancel_futures=True)
         self._executors.shutdown(cancel_futures=True)
         self.engine.close()
@@ -241,6 +242,8 @@ class _Stream(Generic[Key]):
 
     def run(self) -> Iterator[tuple[Key, ImageResult | ServeError]]:
         while True:
+            if self._stopped:
+                raise RuntimeError("the cascade is closed")
             while not self._events.empty():
                 self._take_in(self._events.get())
             pulled = self._has_room() and self._pull()
@@ -256,7 +259,7 @@ class _Stream(Generic[Key]):
                 return
 
     def close(self) -> None:
-        """Wait for what runs, and leave no state in the engine."""
+        """Wait for what runs, and leave no state in the engine. May be called twice."""
         self._stopped = True
         self._free(self._scheduler.stop(time.monotonic()))
         while self._decoding or self._out:

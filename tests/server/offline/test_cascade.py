@@ -192,6 +192,17 @@ def test_who_has_seen_enough_may_stop(cascade: Cascade, engine: FakeEngine) -> N
     assert engine.slots_in_use == 0
 
 
+def test_a_cascade_that_is_closed_ends_its_stream(bundle: Bundle, engine: FakeEngine) -> None:
+    """As where what is done with an answer fails: the generator goes after the cascade."""
+    with Cascade(bundle, engine, HALF) as cascade:
+        answers = cascade.classify((number, made(engine, LAST)) for number in itertools.count())
+        next(answers)
+    assert engine.closed
+    with pytest.raises(RuntimeError, match="the cascade is closed"):
+        list(answers)
+    del answers
+
+
 def test_streams_take_turns(cascade: Cascade, engine: FakeEngine) -> None:
     first = cascade.classify(enumerate([made(engine, SURE)] * 3))
     next(first)
