@@ -364,6 +364,12 @@ def batch(
     decode_threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads that decode images.  [default: the usable cores]")
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DVT_ENGINE_DIR", metavar="FOLDER", help="Where TensorRT's plans are.  [default: BUNDLE/engines]"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The summary as one JSON document, for scripts.")] = False,
 ) -> None:
     """Classify folders of images in this process, without a server.
@@ -397,6 +403,7 @@ def batch(
             engine=engine,
             target=None if target is None else parse_target(target),
             decode_threads=decode_threads,
+            engine_dir=cache,
         ) as cascade:
             form = (Csv if output.endswith(".csv") else JsonLines)(cascade.bundle, cascade.point.thresholds, top_k)
             hidden = as_json or not _is_terminal(sys.stderr)

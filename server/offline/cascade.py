@@ -96,16 +96,17 @@ class Cascade:
         engine: str = "auto",
         target: Mapping[str, Any] | None = None,
         decode_threads: int | None = None,
+        engine_dir: Path | None = None,
     ) -> Cascade:
         """The bundle in this folder, by default the embedded one, on an engine as `dvt serve --engine` names it.
+        `engine_dir`: where TensorRT's plans lie, by default in the bundle.
 
         Raises BundleError, EngineUnavailable, and as `solve_target`.
         """
         loaded = Bundle.load(EMBEDDED if bundle is None else Path(bundle))
         solve_target(loaded, target)  # before the engine, which takes its time
-        return cls(
-            loaded, load_engine(loaded, engine=engine, max_slots=MAX_SLOTS), target, decode_threads=decode_threads
-        )
+        running = load_engine(loaded, engine=engine, max_slots=MAX_SLOTS, engine_dir=engine_dir)
+        return cls(loaded, running, target, decode_threads=decode_threads)
 
     @property
     def point(self) -> OperatingPoint:

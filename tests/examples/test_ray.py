@@ -164,8 +164,8 @@ def test_a_budget_that_cannot_be_leaves_the_replica_and_its_budget(url: str) -> 
 
 def logged() -> str:
     """What replicas said, by Ray's files."""
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
-    return "".join(file.read_text() for file in session.glob("logs/serve/replica_*.log"))
+    folder = Path(ray._private.worker._global_node.get_session_dir_path())
+    return "".join(file.read_text() for file in folder.glob("logs/serve/replica_*.log"))
 
 
 def test_a_data_set_gets_the_answers_of_the_cascade(tmp_path: Path) -> None:
