@@ -23,7 +23,7 @@ INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c cons
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would trip over each other
-.PHONY: help setup serve test ablations lint format lock image image-test sbom
+.PHONY: help setup serve test ray-test ablations lint format lock image image-test sbom
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ serve: $(SERVING) ## set up what serving needs, and serve on PORT=8000
 
 test: lint ## set up, check style, types and import contracts, and run the tests
 	$(VENV)/bin/python -m pytest
+
+ray-test: $(VENV)-ray/.made ## the examples on a real Ray of this machine, in an environment of their own, five minutes at most
+	timeout 300 $(VENV)-ray/bin/python -m pytest tests/examples
 
 ablations: $(DEVELOPMENT) ## train the paper's ablations in small: hours. TRAIN=… TEST=… image folders
 	$(VENV)/bin/python -m benchmarks.ablations $(TRAIN) $(TEST) runs/ablations --out
@@ -91,3 +94,10 @@ $(SERVING): $(CREATED) $(PINS)
 $(DEVELOPMENT): $(CREATED) $(PINS)
 	$(INSTALL) -e '.[cpu,export,dev]'
 	@touch $(SERVING) $@
+
+# Ray is large, wants versions of its own, and is nobody's but the examples'.
+$(VENV)-ray/.made: $(PINS)
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu]' \
+		'ray[serve,data]>=2.60,<3' 'pytest>=9,<10' 'pytest-asyncio>=1.2,<2' 'hypothesis>=6.140,<7'
+	@touch $@

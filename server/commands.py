@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import warnings
@@ -49,6 +50,7 @@ def register(app: typer.Typer) -> None:
     app.command("calibrate", short_help="Solve a bundle's thresholds on labelled images.")(calibrate)
     app.command("build", short_help="Build a bundle's TensorRT engines.")(build)
     app.command("profile", short_help="Measure what a bundle's batches take here.")(profile)
+    app.command("batch", short_help="Classify folders of images here, without a server.")(batch)
     app.command("classify", short_help="Classify images with a running server.")(classify)
     app.command("budget", short_help="Show or set a running server's budget.")(budget)
 
@@ -339,6 +341,110 @@ def profile(
     except (BundleError, EngineUnavailable, ServeError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(measured.to_json().rstrip() if as_json else profiling.as_table(measured))
+
+
+def batch(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGES", help="Image folders and files; - takes names from stdin, one a line."),
+    ],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Where answers go, .jsonl or .csv; - is stdout.")
+    ],
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Folder of a bundle; by default the embedded model.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="TARGET",
+            help="gmacs=N, accuracy=N or thresholds=N,N.  [default: what a new server starts with]",
+        ),
+    ] = None,
+    engine: EngineName = "auto",
+    top_k: Annotated[int, typer.Option(min=1, help="Classes per image; in .csv it is one.")] = 5,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with FILE: images that have a line are skipped.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew, also where FILE is there.")] = False,
+    decode_threads: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Threads that decode images.  [default: the usable cores]")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DVT_ENGINE_DIR", metavar="FOLDER", help="Where TensorRT's plans are.  [default: BUNDLE/engines]"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The summary as one JSON document, for scripts.")] = False,
+) -> None:
+    """Classify folders of images in this process, without a server.
+
+    One line an image, in order; of a bad image the line says what is wrong with it, and the exit status is 1 in the
+    end. Until all are done, FILE is called FILE.part; whatever ends a run, --resume goes on with it. Thresholds stay
+    as the budget makes them.
+
+    \b
+    Examples:
+      dvt batch photos -o answers.jsonl
+      dvt batch photos -o answers.jsonl --resume
+      dvt batch photos -o answers.csv --bundle my-bundle --budget gmacs=0.04
+      dvt batch - -o - < names.txt | jq .predictions[0].label
+    """
+    # Heavy, as above.
+    from server.errors import BundleError, EngineUnavailable, ServeError
+    from server.offline.answers import AnswerFile, Csv, JsonLines, OutputError, StandardOutput
+    from server.offline.batch import classify_files
+    from server.offline.cascade import Cascade
+    from server.offline.files import FolderError, image_files
+
+    if resume and (force or output == "-"):
+        raise click.UsageError(f"--resume does not go with {'--force' if force else '--output -'}")
+    if "-" in images and len(images) > 1:
+        raise click.UsageError("- stands for all names: it does not go with others")
+    hush()
+    try:
+        with Cascade.open(
+            bundle,
+            engine=engine,
+            target=None if target is None else parse_target(target),
+            decode_threads=decode_threads,
+            engine_dir=cache,
+        ) as cascade:
+            form = (Csv if output.endswith(".csv") else JsonLines)(cascade.bundle, cascade.point.thresholds, top_k)
+            hidden = as_json or not _is_terminal(sys.stderr)
+            total = None if hidden or images == ["-"] else sum(1 for _ in image_files(images))
+            files = (
+                (os.fsdecode(name) for line in sys.stdin.buffer if (name := line.rstrip(b"\n")))
+                if images == ["-"]
+                else image_files(images)
+            )
+            with (
+                contextlib.closing(
+                    StandardOutput(form)
+                    if output == "-"
+                    else AnswerFile(Path(output), form, resume=resume, force=force)
+                ) as answers,
+                tqdm(total=total, unit="image", desc="images", disable=hidden, file=sys.stderr) as bar,
+            ):
+
+                def failed(image: str, error: ServeError) -> None:
+                    with bar.external_write_mode(sys.stderr):
+                        click.echo(printable(f"Error: {image}: {error.detail} ({error.code})"), err=True)
+
+                summary = classify_files(cascade, files, answers, failed=failed, advance=bar.update)
+                if not summary.images and not summary.skipped:
+                    raise click.ClickException(f"no images in {', '.join(images)}")
+                answers.finish()
+    except (BundleError, EngineUnavailable, FolderError, OutputError) as error:
+        raise click.ClickException(str(error)) from None
+    except ServeError as error:
+        spans = _spans(error.extra.get("feasible"))
+        raise click.ClickException(f"{error.detail}{spans and '; feasible: '}{spans}") from None
+    click.echo(json.dumps(summary.as_json()) if as_json else summary, err=output == "-")
+    if summary.failed or summary.failed_before:
+        raise typer.Exit(1)
 
 
 def classify(

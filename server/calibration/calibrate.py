@@ -30,11 +30,10 @@ from server.core import Engine, Floats
 from server.documents import cause, read_file
 from server.engines import load_engine
 from server.errors import EngineFailed, ServeError
-from server.frontend.images import ImageLimits, decode
+from server.frontend.images import SUFFIXES, ImageLimits, decode
 
 Example = tuple[Path, int]  # image file, class id
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 _SEED = 0
 _MAX_IMAGE_BYTES = 256 * 2**20  # 25 megapixels are 75 MB as BMP, twice that as PNG of 16 bits
 
@@ -75,7 +74,7 @@ def read_image_folder(
         if folder.name not in ids:
             raise CalibrationError(f"{folder}: {folder.name!r} is not a label of this bundle ({_some(labels)})")
         for file in _entries(folder):
-            if file.suffix.lower() in _SUFFIXES and held_out(file.relative_to(root).as_posix(), fraction):
+            if file.suffix.lower() in SUFFIXES and held_out(file.relative_to(root).as_posix(), fraction):
                 examples.append((file, ids[folder.name]))
     if not examples:
         slice_ = "" if fraction >= 1 else f" in the held-out slice of {fraction:g}"

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import simplejpeg
 from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from server.bundle.manifest import Preprocessing
 
 MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})  # of files that are looked at in a folder
 
 _ALIASES = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-ms-bmp": "image/bmp"}
 _UNTOLD = ("", "application/octet-stream", "binary/octet-stream")  # the sender does not know: the magic decides
@@ -149,6 +151,21 @@ def decode(
         if "MAX_TEXT" in str(error):  # Pillow's words for compressed text or colour profiles that inflate without end
             raise ImageTooLarge("The text or colour profile in the image inflates to more than is allowed") from error
         raise _bad(_cause(error)) from error
+
+
+def fit(rgb: NDArray[np.uint8], preprocessing: Preprocessing) -> Pixels:
+    """What `decode` would make of the pixels of a JPEG: (h, w, 3) uint8, RGB, upright, in full size. Those of the size
+    that the model takes are taken as they are. Raises BadImage for another array."""
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
+        raise _bad(f"pixels are uint8 of shape (height, width, 3), not {rgb.dtype} of shape {rgb.shape}")
+    height, width = rgb.shape[:2]
+    if (height, width) == preprocessing.crop:
+        return np.ascontiguousarray(rgb)
+    rgb = np.ascontiguousarray(rgb)
+    if max(width, height) <= 2 * min(width, height):
+        return _resize_then_crop(rgb, preprocessing, 1)
+    box, size = _crop_box(width, height, preprocessing, 1)
+    return _to_pixels(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC, box=_fit(box, width, height)), 1)
 
 
 # --- which format, what size ------------------------------------------------------------------------------------------

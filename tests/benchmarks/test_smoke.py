@@ -266,3 +266,10 @@ def test_a_curve_of_half_the_cost_is_twice_as_cheap() -> None:
     plain = [(1.0, 0.5), (2.0, 0.7), (4.0, 0.8)]
     assert int8.cost_ratio(plain, [(cost / 2, accuracy) for cost, accuracy in plain]) == pytest.approx(2)
     assert int8.cost_ratio(plain, [(0.5, 0.5), (1.0, 0.7)]) == pytest.approx(2), "only where both are"
+
+
+def test_batch_compares_the_streaming_cascade_with_the_raw_loop(run: Run) -> None:
+    results = run("batch", "--rounds", "1", "--seconds", "0.4")
+    assert results["broken"] == []
+    assert results["figures"]["ratio_pixels_median"] > 0
+    assert results["figures"]["cpu_ratio_files_median"] > 0

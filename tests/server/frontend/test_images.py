@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from server.bundle.manifest import Preprocessing
 from server.core import Pixels
 from server.errors import BadImage, ImageTooLarge, UnsupportedMediaType
-from server.frontend.images import ImageLimits, decode
+from server.frontend.images import ImageLimits, decode, fit
 
 AS_IS = Preprocessing(resize=64, crop=(64, 64))
 SMALL = Preprocessing(resize=40, crop=(32, 32))
@@ -457,3 +458,20 @@ def test_memory_stays_below_the_ceiling_for_bombs_and_for_the_largest_image_allo
     extra = [int(size) for _, size in answers]
     assert max(extra[:-1]) < 20e6
     assert extra[-1] < 200e6
+
+
+@pytest.mark.parametrize("size", [(200, 250), (250, 200), (900, 100), (33, 40), (1, 1), (8, 140)])
+def test_pixels_become_what_their_jpeg_becomes(size: tuple[int, int]) -> None:
+    how = Preprocessing(72, (64, 64))
+    width, height = size
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)).save(stream, "JPEG")
+    pixels = simplejpeg.decode_jpeg(stream.getvalue(), "RGB")
+    expected = decode(stream.getvalue(), None, how, ImageLimits())
+    assert np.array_equal(fit(pixels, how), expected)
+    assert np.array_equal(fit(np.asfortranarray(pixels), how), expected)
+
+
+def test_pixels_of_the_models_input_size_are_its_input() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    assert np.array_equal(fit(pixels, Preprocessing(72, (64, 64))), pixels)

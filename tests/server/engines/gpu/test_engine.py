@@ -50,6 +50,22 @@ def test_batches_of_all_sizes_are_answered_as_by_the_engine_on_the_cpu(rig: Rig,
     other.close()
 
 
+@pytest.mark.parametrize("max_slots", [1, 256])
+def test_a_stream_of_images_is_answered_as_by_the_engine_on_the_cpu(rig: Rig, photo10: Bundle, max_slots: int) -> None:
+    from server.engines.onnx import OnnxEngine
+    from server.offline.cascade import Cascade
+
+    streamed = []
+    for engine in (rig.engine(photo10, largest=4, max_slots=max_slots), OnnxEngine(photo10)):
+        with Cascade(photo10, engine, {"thresholds": [0.5, 0.4]}) as cascade:
+            streamed.append([answer for _, answer in cascade.classify(enumerate(images(photo10, 24)))])
+    for ours, theirs in zip(*streamed, strict=True):
+        assert isinstance(ours, ImageResult)
+        assert isinstance(theirs, ImageResult)
+        assert ours.exit == theirs.exit
+        np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=rig.within)
+
+
 def test_a_recorded_program_answers_as_the_first_plain_run(rig: Rig, photo10: Bundle) -> None:
     engine = rig.engine(photo10, largest=4)
     pixels = images(photo10, 4)
