@@ -55,5 +55,5 @@ $(SERVING): $(CREATED) $(PINS)
 	@touch $@
 
 $(DEVELOPMENT): $(CREATED) $(PINS)
-	$(INSTALL) -e '.[cpu,export,dev]'
+	$(INSTALL) -e '.[cpu,bench,export,dev]'
 	@touch $(SERVING) $@

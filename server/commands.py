@@ -20,6 +20,7 @@ import typer
 from tqdm import tqdm
 
 from server import process
+from server.bench.command import bench
 from server.client import DEFAULT_URL, Client, ClientError, ImageError, Model, Refused
 from server.settings import Settings, SettingsError, read_settings
 from server.terminal import Table, Tally, printable
@@ -51,6 +52,7 @@ def register(app: typer.Typer) -> None:
     app.command("profile", short_help="Measure what a bundle's batches take here.")(profile)
     app.command("classify", short_help="Classify images with a running server.")(classify)
     app.command("budget", short_help="Show or set a running server's budget.")(budget)
+    app.command("bench", short_help="Load a running server, and report how it does.")(bench)
 
 
 def serve(

@@ -98,7 +98,7 @@ def test_previews_are_asked_for_beside_others(run: Run) -> None:
 
 
 def test_hostile_files_get_what_their_manifest_expects(run: Run, tmp_path: Path) -> None:
-    from benchmarks.photos import photo
+    from server.bench.photos import photo
 
     folder = tmp_path / "files"
     (folder / "broken").mkdir(parents=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import arrivals
+from server.bench import arrivals
 
 SECONDS = 2000.0
 
