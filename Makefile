@@ -18,10 +18,10 @@ INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c cons
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would trip over each other
-.PHONY: help setup serve test ablations lint format
+.PHONY: help setup serve test bench-smoke ablations lint format
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(DEVELOPMENT) ## .venv with everything for development
 
@@ -30,6 +30,9 @@ serve: $(SERVING) ## set up what serving needs, and serve on PORT=8000
 
 test: lint ## set up, check style, types and import contracts, and run the tests
 	$(VENV)/bin/python -m pytest
+
+bench-smoke: $(DEVELOPMENT) ## every benchmark in small: figures appear and add up (a part of the tests)
+	$(VENV)/bin/python -m pytest tests/benchmarks tests/server/bench/test_measure.py
 
 ablations: $(DEVELOPMENT) ## train the paper's ablations in small: hours. TRAIN=… TEST=… image folders
 	$(VENV)/bin/python -m benchmarks.ablations $(TRAIN) $(TEST) runs/ablations --out

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from server.documents import shown
 
 Times = NDArray[np.float64]  # (N,) seconds, rising
-_MOST = 10**8  # arrivals of a line
+_MOST = 10**8  # arrivals of a trace
 
 
 def poisson(rate: float, seconds: float, seed: int) -> Times:
@@ -132,6 +132,8 @@ def read_trace(
         width = float(steps.min()) if interval_s is None else interval_s
         if not width > 0:
             raise ValueError(f"interval_s must be above 0, not {width}")
+        if counts.sum() > _MOST:
+            raise ValueError(f"{path.name}: more than {_MOST} arrivals")
         within = np.random.default_rng(seed).random(int(counts.sum()))
         times = np.sort(np.repeat(starts, counts) + within * width)
         length = float(starts.max()) + width

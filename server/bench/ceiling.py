@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, cast
@@ -20,7 +21,7 @@ from server.bench.orders import Order, Outcome
 from server.bench.senders import DriverFailed, Senders, orders_of, soon
 
 CLIENTS = 16  # of each sender
-SETTLE_S = 0.3
+SETTLE_S = 0.2
 PATH = "/classify"
 
 
@@ -30,31 +31,43 @@ class Ceiling:
     cpu_us: float  # of the senders, a request
 
 
-def ceiling(senders: Senders, answer: bytes, bodies: int, seconds: float = 1.0) -> Ceiling:
+def ceiling(senders: Senders, answer: bytes, bodies: int, seconds: float = 0.8) -> Ceiling:
     """`answer`: the body that the server gives; `bodies`: how many the senders have. Raises DriverFailed."""
+    with answering(answer) as port:
+        return _ceiling(senders, port, bodies, seconds)
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[int]:
+    """The server, in a process of its own; its port."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs, answer), daemon=True)
     server.start()
     theirs.close()
     try:
-        port = ours.recv()
-        which = np.arange(max(bodies, senders.count * CLIENTS)) % bodies
-        order = Order(
-            url=f"http://127.0.0.1:{port}{PATH}",
-            start=soon(),
-            times=np.array([SETTLE_S + seconds]),
-            which=which,
-            kinds=np.zeros_like(which),
-            clients=senders.count * CLIENTS,
-        )
-        log, interrupted = senders.carry_out(orders_of(senders.count, order))
-    except (EOFError, OSError):
-        raise DriverFailed("the server that only answers did not start") from None
+        try:
+            port: int = ours.recv()
+        except (EOFError, OSError):
+            raise DriverFailed("the server that only answers did not start") from None
+        yield port
     finally:
         ours.close()
         server.join(2)
         server.kill()
+
+
+def _ceiling(senders: Senders, port: int, bodies: int, seconds: float) -> Ceiling:
+    which = np.arange(max(bodies, senders.count * CLIENTS)) % bodies
+    order = Order(
+        url=f"http://127.0.0.1:{port}{PATH}",
+        start=soon(),
+        times=np.array([SETTLE_S + seconds]),
+        which=which,
+        kinds=np.zeros_like(which),
+        clients=senders.count * CLIENTS,
+    )
+    log, interrupted = senders.carry_out(orders_of(senders.count, order))
     if interrupted:
         raise KeyboardInterrupt
     done = log.due + log.took

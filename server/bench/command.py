@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -75,7 +76,7 @@ def bench(
     leaving: Annotated[float, typer.Option(min=0, max=1, help="Share of clients that hang up after 50 ms.")] = 0.0,
     slow: Annotated[float, typer.Option(min=0, max=1, help="Share of clients that take a second to send.")] = 0.0,
     spoilt: Annotated[float, typer.Option(min=0, max=1, help="Share of requests with a broken image.")] = 0.0,
-    distinct: Annotated[int, typer.Option(min=1, max=100_000, help="Different images, at most.")] = 200,
+    distinct: Annotated[int, typer.Option(min=1, max=100_000, help="Different images, at most.")] = 50,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Processes that send.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals, images and clients.")] = 0,
     give_up: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds after which a client gives up.")] = 30.0,
@@ -111,6 +112,9 @@ def bench(
     rates, relative = _rates(rate)
     if len(rates) > 1 and (trace is not None or arrivals != "poisson"):
         raise click.UsageError("a --rate that changes goes with neither --trace nor --arrivals")
+    for file in (out, json_out):  # an hour of load should not end in this
+        if file is not None and not os.path.isdir(file.parent):
+            raise click.UsageError(f"{file}: no such folder")
     # Heavy, and not needed for --help.
     import aiohttp  # noqa: F401 - here, where its absence is told in one line, and not by a process that sends
 

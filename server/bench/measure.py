@@ -43,7 +43,7 @@ class Load:
     """What is to be measured. `rates` are requests a second, or multiples of the capacity where `relative`."""
 
     images: Path | None = None
-    distinct: int = 200
+    distinct: int = 50
     together: int = 1
     rates: tuple[float, ...] = ()
     relative: bool = False
@@ -87,7 +87,8 @@ def measure(url: str, load: Load, progress: Progress = lambda *_: None) -> dict[
 
     Raises NoLoad, ClientError for a server that is none, WorkloadError, and DriverFailed.
     """
-    _times(load, 1.0)  # what is no load is told before anything runs
+    # What is no load is told before anything runs.
+    _times(replace(load, rates=(), relative=False) if load.relative else load, 1.0)
     about = asyncio.run(_about(url))
     work = workload(load.images, images=load.distinct, together=load.together, labels=_labels(about), seed=load.seed)
     answer = asyncio.run(_first_answer(url, load, work))

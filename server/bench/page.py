@@ -53,7 +53,7 @@ svg { display: block; width: 100%; height: auto; font: 14px system-ui, sans-seri
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td, th { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); font-weight: 400; }
-th { color: var(--soft); } td:first-child, th:first-child { text-align: left; padding-left: 0; }
+th { color: var(--soft); } td:first-child, th:first-child { text-align: left; padding-left: 0; white-space: normal; }
 details { margin-top: .8rem; } pre { overflow-x: auto; font-size: 12px; }
 """
 
@@ -89,7 +89,8 @@ def page(document: dict[str, Any]) -> str:
 {_plot(rates, x="seconds")}
 {_legend((name, label) for name, label, _ in rates)}</section>
 <section class="wide"><h2>What became of {document["requests"]["sent"]} requests</h2>{_outcomes(document)}</section>
-<section class="wide"><h2>Milliseconds from the scheduled moment</h2><div class="scroll">{_latencies(document)}</div></section>
+<section class="wide"><h2>Milliseconds from the scheduled moment</h2>
+<div class="scroll">{_latencies(document)}</div></section>
 <section><h2>p99 over time, milliseconds</h2>{_plot(slow, x="seconds")}</section>
 <section><h2>Images</h2><div class="scroll">{_images(document)}</div></section>
 <section><h2>The driver</h2><div class="scroll">{_driver(document)}</div></section>
@@ -302,7 +303,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 def _round_ticks(most: float) -> list[float]:
     """From 0 to `most` or a little above, four to six of them."""
-    if most <= 0:
+    if most < 1e-6:
         return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(most / 4))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m * 5 >= most)
