@@ -72,15 +72,16 @@ def _wrk(files: list[bytes], seconds: int) -> tuple[float, float]:
             (Path(folder) / f"{number}.jpg").write_bytes(file)
         command = [require(), "-t", "1", "-c", str(CLIENTS), "-d", f"{seconds}s", "-s", str(SCRIPT)]
         url = f"http://{HOST}:{port}/classify"
-        process = subprocess.Popen([*command, url, "--", folder, str(len(files))], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
         told: dict[str, float] = {}
         cpu_s = 0.0
-        for line in process.stdout:  # its last words come before it ends, so its CPU time can still be read
-            if line.startswith("{"):
-                told = json.loads(line)
-                cpu_s = process_cpu_seconds(process.pid)
-        process.wait()
+        with subprocess.Popen(
+            [*command, url, "--", folder, str(len(files))], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:  # its last words come before it ends: its CPU time can still be read
+                if line.startswith("{"):
+                    told = json.loads(line)
+                    cpu_s = process_cpu_seconds(process.pid)
     return told["requests"] / told["seconds"], 1e6 * cpu_s / told["requests"]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from server.bench.orders import Order, Outcome
-from server.bench.senders import DriverFailed, Senders, orders_of, soon
+from server.bench.senders import DriverFailed, Senders, deaf, orders_of, soon
 
 CLIENTS = 16  # of each sender
 SETTLE_S = 0.2
@@ -43,7 +42,8 @@ def answering(answer: bytes) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs, answer), daemon=True)
-    server.start()
+    with deaf():
+        server.start()
     theirs.close()
     try:
         try:
@@ -77,7 +77,6 @@ def _ceiling(senders: Senders, port: int, bodies: int, seconds: float) -> Ceilin
 
 def serve(pipe: Connection, answer: bytes) -> None:
     """Until the other end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import uvloop
 
     with suppress(EOFError, OSError):

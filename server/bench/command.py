@@ -144,13 +144,13 @@ def bench(
             raise click.UsageError(str(error)) from None
         except (ClientError, DriverFailed, WorkloadError) as error:
             raise click.ClickException(str(error)) from None
-    encoded = orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    for path, content in ((json_out, encoded), (out, page(document).encode() if out else b"")):
-        if path is not None:
-            _write(path, content)
     click.echo(orjson.dumps(document).decode() if as_json else table(document))
     for doubt in document["doubts"]:
         click.echo(f"Warning: {doubt}", err=True)
+    if json_out is not None:
+        _write(json_out, orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    if out is not None:
+        _write(out, page(document).encode())
     counts = document["requests"]
     if document["interrupted"]:
         raise typer.Exit(_INTERRUPTED)

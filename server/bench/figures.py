@@ -20,6 +20,7 @@ SCHEMA = "dvt-bench/1"
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 SLICES = 40  # of the time, at most, in `over_time`; of fewer where few were sent
 POINTS = 200  # of a curve
+MOST_ERRORS = 20  # by name
 MOST_LATE_MS, MOST_LATE_SHARE = 2.0, 0.1  # p99 of the driver's own delay, and as a share of the latencies' p99
 MOST_OF_CEILING = 0.7
 
@@ -114,7 +115,9 @@ def outcomes(log: Log, chosen: Any) -> dict[str, int]:
 
 def _errors(log: Log, chosen: Any) -> dict[str, int]:
     codes = Counter(log.error[chosen & (log.error >= 0)].tolist())
-    return {log.errors[code]: count for code, count in codes.most_common()}
+    named = {log.errors[code]: count for code, count in codes.most_common(MOST_ERRORS)}
+    others = codes.total() - sum(named.values())
+    return named | ({"other causes": others} if others else {})
 
 
 def _images(rows: Floats, in_time: Any, sent: int, labelled: int) -> dict[str, Any]:

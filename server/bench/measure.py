@@ -98,7 +98,7 @@ def measure(url: str, load: Load, progress: Progress = lambda *_: None) -> dict[
         capacity = _capacity(senders, path, load, work) if load.relative else None
         times, seconds = _times(load, capacity or 1.0)
         which, kinds = _chosen(load, work, max(len(times), 4096 if load.clients else 0))
-        order = Order(path, soon(), times, which, kinds, Manners(give_up_s=load.give_up), load.clients or 0)
+        order = Order(path, soon(len(times)), times, which, kinds, Manners(give_up_s=load.give_up), load.clients or 0)
         began = time.monotonic()
         until = float(times[-1])
         log, interrupted = senders.carry_out(
@@ -219,6 +219,8 @@ def _times(load: Load, unit: float) -> tuple[Times, float]:
         if load.requests is not None and len(times) > load.requests:
             times = times[: load.requests]
             seconds = float(times[-1]) + 1e-9
+        if len(times) > MOST_REQUESTS:
+            raise NoLoad(f"{len(times)} requests are too many: at most {MOST_REQUESTS}")
         if not len(times):
             raise NoLoad("not one request would be sent: more --seconds, or a higher --rate")
         warm = _bounded(first, load.warm_up) and arrivals.poisson(max(first, 1e-9), load.warm_up, load.seed + 1)

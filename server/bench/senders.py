@@ -44,7 +44,8 @@ class Senders:
         for _ in range(count):
             ours, theirs = context.Pipe()
             started = context.Process(target=_obey, args=(theirs,), daemon=True)
-            started.start()
+            with deaf():
+                started.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(started)
@@ -119,12 +120,24 @@ class Senders:
                 started.kill()
 
 
+@contextmanager
+def deaf() -> Iterator[None]:
+    """A process that is started in here ignores Ctrl-C from its first moment."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def orders_of(count: int, order: Order) -> list[Order]:
     """A load dealt out to so many senders, in turn."""
     if order.clients:
+        shares = [len(range(n, order.clients, count)) for n in range(count)]
+        nothing = replace(order, times=order.times[:0], which=order.which[:0], kinds=order.kinds[:0], clients=0)
         return [
-            replace(order, which=order.which[n:], kinds=order.kinds[n:], clients=len(range(n, order.clients, count)))
-            for n in range(count)
+            replace(order, which=order.which[n:], kinds=order.kinds[n:], clients=share) if share else nothing
+            for n, share in enumerate(shares)
         ]
     return [
         replace(order, times=order.times[n::count], which=order.which[n::count], kinds=order.kinds[n::count])
@@ -132,14 +145,13 @@ def orders_of(count: int, order: Order) -> list[Order]:
     ]
 
 
-def soon() -> float:
-    """A start that all senders will have heard of by then."""
-    return time.monotonic() + 0.25
+def soon(requests: int = 0) -> float:
+    """A start that all senders will have heard of by then, with so many moments to hear of."""
+    return time.monotonic() + 0.25 + requests / 1e6
 
 
 def _obey(pipe: Connection) -> None:
     """The life of a sender."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.raise_descriptor_limit()
     import uvloop  # heavy, with all that comes with the client: not where senders are only held
 

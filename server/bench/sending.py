@@ -28,6 +28,7 @@ from server.bench.orders import IMAGE, Body, Client, Log, Order, Outcome
 _IDLE_S = 10.0  # shorter than any server keeps an idle connection: none is to be closed just as it is used again
 _PIECES = 10  # in which a slow client sends
 _HURRY_S = 2.0  # for what is under way when the load is stopped
+_MOST_EXITS, _LONGEST_ERROR = 64, 80  # that a server of whatever kind may tell of
 _YIELD_EVERY = 16  # requests that are late: answers must be read all the same
 
 Stopping = Callable[[Callable[[], None]], None]
@@ -162,7 +163,7 @@ class _Sender:
                 rows = [
                     _row(number, result, label) for result, label in zip(answer["results"], body.labels, strict=True)
                 ]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             answer = rows = None
         if status == 200 and rows is not None:
             self._outcome[number] = Outcome.ANSWERED
@@ -181,7 +182,7 @@ class _Sender:
 
     def _fail(self, number: int, error: str, outcome: Outcome = Outcome.FAILED) -> None:
         self._outcome[number] = outcome
-        self._error[number] = self._errors.setdefault(error, len(self._errors))
+        self._error[number] = self._errors.setdefault(error[:_LONGEST_ERROR], len(self._errors))
 
     def log(self, cpu_s: float) -> Log:
         return Log(
@@ -249,12 +250,18 @@ def _row(number: int, result: dict[str, Any], label: str | None) -> tuple[float,
     right = -1 if label is None else result["predictions"][0]["label"] == label
     return (
         number,
-        int(result["exit"]),
+        _exit(result["exit"]),
         bool(result.get("degraded")),
         right,
         float(result.get("gmacs", "nan")),
         *(float(timing.get(part, "nan")) for part in ("queue", "compute", "total")),
     )
+
+
+def _exit(value: Any) -> int:
+    if not 1 <= int(value) <= _MOST_EXITS:
+        raise ValueError(value)
+    return int(value)
 
 
 def _cause(error: BaseException) -> str:
