@@ -7,7 +7,9 @@ has a fine p99. `in_time` and `correct_in_time` are shares of all that was sent,
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +26,8 @@ MOST_ERRORS = 20  # by name
 MOST_LATE_MS, MOST_LATE_SHARE = 2.0, 0.1  # p99 of the driver's own delay, and as a share of the latencies' p99
 MOST_OF_CEILING = 0.7
 
+# What no server can help: the driver's machine has no more descriptors, or no more ports.
+_OF_THE_DRIVER = {os.strerror(number).lower() for number in (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)}
 _COLUMN = {name: number for number, name in enumerate(IMAGE)}
 _KINDS = {Client.LEAVING: "leaving", Client.SLOW: "slow", Client.SPOILT: "spoilt"}
 
@@ -105,6 +109,8 @@ def doubts(document: dict[str, Any]) -> list[str]:
             f"the load, {offered:.0f} requests/s, is {offered / ceiling:.0%} of what the driver can send at all, "
             f"{ceiling:.0f}: use more --processes"
         )
+    for error in sorted(_OF_THE_DRIVER & document["errors"].keys()):
+        found.append(f"{document['errors'][error]} requests failed for the driver's own sake: {error}")
     return found
 
 

@@ -113,3 +113,9 @@ def test_a_driver_that_limits_is_told(late: float, ceiling: float, says: str | N
     document["driver"]["ceiling_per_s"] = ceiling
     found = doubts(document)
     assert found == [] if says is None else says in found[0]
+
+
+def test_what_the_driver_lacks_is_not_put_down_to_the_server() -> None:
+    document = figures(log_of([]), BODIES, warm_up=0, seconds=1)
+    document["errors"] = {"too many open files": 7, "connection refused": 3}
+    assert doubts(document) == ["7 requests failed for the driver's own sake: too many open files"]
