@@ -44,8 +44,9 @@ def test_the_same_seed_sends_the_same(dvt: Run, standing: Any) -> None:
             assert status == 0
             return json.loads(printed)["requests"]["planned"], sorted(server.bodies)
 
-    assert sent() == sent("--processes", "2")
-    assert sent() != sent("--seed", "1")
+    once = sent()
+    assert once == sent("--processes", "2")
+    assert once != sent("--seed", "1")
 
 
 def test_right_answers_in_time_are_counted_over_all_labelled_images(dvt: Run, standing: Any, tmp_path: Path) -> None:
