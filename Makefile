@@ -23,10 +23,10 @@ INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c cons
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would trip over each other
-.PHONY: help setup serve test ray-test ablations lint format lock image image-test sbom
+.PHONY: help setup serve test bench-smoke ray-test ablations lint format lock image image-test sbom
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(DEVELOPMENT) ## .venv with everything for development
 
@@ -38,6 +38,9 @@ test: lint ## set up, check style, types and import contracts, and run the tests
 
 ray-test: $(VENV)-ray/.made ## the examples on a real Ray of this machine, in an environment of their own, five minutes at most
 	timeout 300 $(VENV)-ray/bin/python -m pytest tests/examples
+
+bench-smoke: $(DEVELOPMENT) ## every benchmark in small: figures appear and add up (a part of the tests)
+	$(VENV)/bin/python -m pytest tests/benchmarks tests/server/bench/test_measure.py
 
 ablations: $(DEVELOPMENT) ## train the paper's ablations in small: hours. TRAIN=… TEST=… image folders
 	$(VENV)/bin/python -m benchmarks.ablations $(TRAIN) $(TEST) runs/ablations --out
@@ -92,7 +95,7 @@ $(SERVING): $(CREATED) $(PINS)
 	@touch $@
 
 $(DEVELOPMENT): $(CREATED) $(PINS)
-	$(INSTALL) -e '.[cpu,export,dev]'
+	$(INSTALL) -e '.[cpu,bench,export,dev]'
 	@touch $(SERVING) $@
 
 # Ray is large, wants versions of its own, and is nobody's but the examples'.

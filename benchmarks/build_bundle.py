@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.harness import Options, Report, finish, parse
 from benchmarks.offline import know_bundle, thresholds_for
-from benchmarks.photos import photos
+from server.bench.photos import photos
 from server.bundle.manifest import Bundle
 from server.calibration.sweep import sweep
 from server.errors import BundleError

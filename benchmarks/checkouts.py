@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.clients import Line, Load, classify
 from benchmarks.harness import Options, Report, Server, finish, load_bundle, parse, process_cpu_seconds, quantile_ms
-from benchmarks.photos import photos
+from server.bench.photos import photos
 
 NAMES = ("before", "now")
 

@@ -22,11 +22,12 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import arrivals, cascades
+from benchmarks import cascades
 from benchmarks.harness import RESULTS, Options, Report, command_line, finish
 from benchmarks.plots import pyplot, save
 from benchmarks.simulate import SAMPLES, profile_of, server
 from benchmarks.virtual import Fate, Setup, Simulation, Ticks, Trace
+from server.bench import arrivals
 from server.budget.control import Machine
 from server.budget.controller import BudgetController
 from server.budget.loops import Brownout

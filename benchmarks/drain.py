@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.clients import Line, classify
 from benchmarks.harness import STOP_S, Options, Report, Server, finish, load_bundle, parse
 from benchmarks.offline import know_bundle, thresholds_for
-from benchmarks.photos import photos
+from server.bench.photos import photos
 
 LISTEN = "0A"  # of the state column
 POLL_S = 0.001

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import arrivals, cascades
+from benchmarks import cascades
 from benchmarks.control import BATCH_SIZES, BUDGET, GMACS, PROFILE, Steered
 from benchmarks.harness import RESULTS, Options, Report, command_line, finish
 from benchmarks.simulate import SAMPLES, profile_of
 from benchmarks.virtual import Fate, Setup, Trace
+from server.bench import arrivals
 from server.budget.drift import ENOUGH, Drift
 from server.bundle.frontier import Frontier, FrontierRow, Records, exits_taken
 from server.calibration.sweep import sweep

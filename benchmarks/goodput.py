@@ -24,16 +24,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import arrivals, cascades
+from benchmarks import cascades
 from benchmarks.clients import classify, classify_many
 from benchmarks.harness import Options, Report, Server, finish, load_bundle, parse
 from benchmarks.offline import know_bundle, thresholds_for
 from benchmarks.open_loop import Shot, fire
-from benchmarks.photos import photos
 from benchmarks.serve_with import SLEEP_BATCH, sleeping
 from benchmarks.simulate import Traffic, maximum
 from benchmarks.simulate import server as servers_policy
 from benchmarks.virtual import Setup
+from server.bench import arrivals
+from server.bench.photos import photos
 from server.bundle.frontier import NEVER, Records
 from server.bundle.manifest import Bundle
 

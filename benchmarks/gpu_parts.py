@@ -28,7 +28,7 @@ from benchmarks.gpu_stage import LoneStage, fill, milliseconds
 from benchmarks.gpu_timing import Card
 from benchmarks.harness import Options, Report, Server, Window, failure, quantile_ms
 from benchmarks.offline import decoded, thresholds_for
-from benchmarks.photos import photos
+from server.bench.photos import photos
 from server.bundle.frontier import NEVER
 from server.bundle.manifest import EMBEDDED, FRONTIER, Bundle
 from server.calibration.every_stage import every_stage

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from benchmarks.clients import Line, Load, classify
 from benchmarks.harness import Options, Report, Server, Window, finish, load_bundle, parse, quantile_ms
 from benchmarks.offline import know_bundle, thresholds_for
-from benchmarks.photos import photos
+from server.bench.photos import photos
 
 NO_LIMIT = 10**6
 

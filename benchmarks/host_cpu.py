@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks import wrk
 from benchmarks.harness import GROUPS, LOOP_THREAD, Options, Report, Server, finish, load_bundle, parse
 from benchmarks.offline import know_bundle, thresholds_for
-from benchmarks.photos import photos
+from server.bench.photos import photos
 
 SAMPLES_PER_S = 250
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from benchmarks.clients import Line, Load, Reply, classify
 from benchmarks.harness import Options, Report, Server, finish, load_bundle, parse, quantile_ms
-from benchmarks.photos import photos
+from server.bench.photos import photos
 
 CONTENT_TYPES = {
     ".jpg": "image/jpeg",

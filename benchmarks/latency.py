@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.clients import Line, classify
 from benchmarks.harness import Options, Report, Server, finish, load_bundle, parse, quantile_ms
 from benchmarks.offline import know, thresholds_for
-from benchmarks.photos import photos
+from server.bench.photos import photos
 from server.core import Engine, Pixels, Slot, StageBatch
 from server.engines import load_engine
 

@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.harness import RESULTS, Report, command_line, finish
-from benchmarks.photos import photo
 from export.half import Precision
 from export.stage import StageGraph
 from export.to_onnx import write_onnx
@@ -41,6 +40,7 @@ from model.checkpoint import load_model
 from model.config import DVTConfig
 from model.dvt import DVT
 from model.flops import cumulative_macs
+from server.bench.photos import photo
 from server.bundle.frontier import Records, exits_taken
 from server.bundle.manifest import Preprocessing
 from server.calibration.calibrate import Example, read_image_folder

@@ -32,8 +32,8 @@ from benchmarks.cascades import synthetic
 from benchmarks.clients import Line, Load, classify
 from benchmarks.harness import ROOT, Options, Report, Server, finish, load_bundle, parse, quantile_ms
 from benchmarks.open_loop import fire
-from benchmarks.photos import photos
 from benchmarks.slow_clients import small
+from server.bench.photos import photos
 from server.bundle.frontier import Frontier
 from server.bundle.manifest import Bundle
 from server.calibration.sweep import sweep

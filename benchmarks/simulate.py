@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import arrivals, cascades
+from benchmarks import cascades
 from benchmarks.baselines import BASELINES, DELAYS, Contender, fixed_delay, static
 from benchmarks.harness import RESULTS, Options, Report, command_line, finish, fractions
 from benchmarks.offline import thresholds_for
 from benchmarks.plots import pyplot, save
 from benchmarks.virtual import Setup, Simulation, Trace, quantiles
+from server.bench import arrivals
 from server.bundle.frontier import Records
 from server.bundle.manifest import Bundle
 from server.bundle.profile import LatencyProfile

@@ -30,7 +30,7 @@ from benchmarks.clients import classify
 from benchmarks.dawdlers import KINDS, POLITE, Crowd, Held, raise_open_files
 from benchmarks.harness import Options, Report, Server, finish, load_bundle, parse, quantile_ms
 from benchmarks.open_loop import Shot, fire
-from benchmarks.photos import photos
+from server.bench.photos import photos
 
 SETTINGS = {"header_timeout_s": "5", "body_timeout_s": "5", "keep_alive_timeout_s": "5", "send_timeout_s": "5"}
 TOGETHER = "together"

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.clients import Asked, Line, Load, classify, classify_many
 from benchmarks.harness import Options, Report, Server, finish, load_bundle, parse, quantile_ms
 from benchmarks.offline import Known, know_bundle, thresholds_for
-from benchmarks.photos import photos
+from server.bench.photos import photos
 
 # Far apart, so that most images leave elsewhere after a swap.
 MIXES = ((0.45, 0.30, 0.25), (0.05, 0.15, 0.80), (0.80, 0.15, 0.05), (0.20, 0.60, 0.20), (0.60, 0.05, 0.35))

@@ -21,7 +21,7 @@ from statistics import median
 from benchmarks import wrk
 from benchmarks.harness import Options, Report, Server, Window, finish, load_bundle, parse, process_cpu_seconds
 from benchmarks.offline import RawProcess, RawRun, know_bundle, thresholds_for
-from benchmarks.photos import photos
+from server.bench.photos import photos
 
 TARGET = 0.80
 

@@ -6,6 +6,7 @@ An ImageError is one image's: the next may do.
 ClientError
 ├── Refused     the server said no, in a problem document
 │   └── ImageError   to this image; or the file cannot be read
+├── NotOurs     somebody answers, but not as this server does
 └── Broken      the connection ended before the answer
 """
 
@@ -51,6 +52,10 @@ class Refused(ClientError):
 
 class ImageError(Refused):
     """Of a file that cannot be read, `code` is the reason in words."""
+
+
+class NotOurs(ClientError):
+    """Another server, or one in between."""
 
 
 class Broken(ClientError):
@@ -182,8 +187,14 @@ class Client:
         except ValidationError:
             raise self.not_ours("/classify") from None
 
+    async def get(self, path: str) -> dict[str, Any]:
+        return await self._request("GET", path)
+
+    async def post(self, path: str, content: bytes, content_type: str) -> dict[str, Any]:
+        return await self._request("POST", path, content=content, headers={"content-type": content_type})
+
     async def budget(self) -> dict[str, Any]:
-        return await self._request("GET", "/budget")
+        return await self.get("/budget")
 
     async def set_budget(self, target: dict[str, Any]) -> dict[str, Any]:
         """`target` is the body of PUT /budget."""
@@ -193,8 +204,8 @@ class Client:
         """What that body would have done to the traffic of late; nothing changes."""
         return await self._request("POST", "/budget/preview", json=target)
 
-    def not_ours(self, path: str, status: int = 200) -> ClientError:
-        return ClientError(f"{self._url}{path} answered {status}, which is not an answer of this server")
+    def not_ours(self, path: str, status: int = 200) -> NotOurs:
+        return NotOurs(f"{self._url}{path} answered {status}, which is not an answer of this server")
 
     async def _request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:

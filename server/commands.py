@@ -21,6 +21,7 @@ import typer
 from tqdm import tqdm
 
 from server import process
+from server.bench.command import bench
 from server.client import DEFAULT_URL, Client, ClientError, ImageError, Model, Refused
 from server.settings import Settings, SettingsError, read_settings
 from server.terminal import Table, Tally, printable
@@ -53,6 +54,7 @@ def register(app: typer.Typer) -> None:
     app.command("batch", short_help="Classify folders of images here, without a server.")(batch)
     app.command("classify", short_help="Classify images with a running server.")(classify)
     app.command("budget", short_help="Show or set a running server's budget.")(budget)
+    app.command("bench", short_help="Load a running server, and report how it does.")(bench)
 
 
 def serve(

@@ -4,6 +4,7 @@ clients over HTTP and from the command line."""
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -100,6 +101,28 @@ def test_the_command_line_classifies_and_sets_the_budget(url: str, tmp_path: Pat
     refused = dvt("budget", "gmacs=0.0000001", "--url", url)
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
+
+
+def test_a_load_finds_what_the_server_counted(url: str, image_folder: Path) -> None:
+    def counted() -> dict[str, float]:
+        lines = re.findall(
+            r'^dvt_requests_total{route="/classify",status="(\d+)"} (\S+)$', httpx.get(f"{url}/metrics").text, re.M
+        )
+        return {status: float(number) for status, number in lines}
+
+    before = counted()
+    load = ("--rate", "60", "--seconds", "1", "--timeout-ms", "10000", "--together", "2", "--processes", "2")
+    loaded = dvt("bench", str(image_folder), "--url", url, *load, "--json")
+    assert loaded.returncode == 0, loaded.stderr
+    document = json.loads(loaded.stdout)
+    requests, images = document["requests"], document["images"]
+    assert requests["sent"] == requests["answered"] == requests["in_time"] > 20
+    assert images["labelled"] == images["answered"] == sum(images["by_exit"].values()) == 2 * requests["sent"]
+    assert images["correct_in_time_share"] == images["accuracy"] > 0.8
+    assert document["server"]["after"]["budget"]["observed"]["images"] > 0
+    tried = 1  # to see whether it answers
+    assert counted()["200"] - before.get("200", 0) == requests["sent"] + requests["warm_up"] + tried
+    assert requests["sent"] + requests["warm_up"] == requests["planned"]
 
 
 def test_the_embedded_model_is_in_order_and_small_enough_to_ship(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from benchmarks import drain, host_cpu, hostile, swaps
 from benchmarks.clients import Asked, Reply
 from benchmarks.harness import ROOT, Report, Snapshot, Window
 from benchmarks.offline import Known, RawLoop, know_bundle, thresholds_for
-from benchmarks.photos import photo, photos
+from server.bench.photos import photo, photos
 from server.bundle.frontier import NEVER
 from server.bundle.manifest import Bundle
 from server.engines import load_engine

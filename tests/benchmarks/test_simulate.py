@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import arrivals, cascades
+from benchmarks import cascades
 from benchmarks import simulate as simulation
 from benchmarks.baselines import (
     BASELINES,
@@ -23,6 +23,7 @@ from benchmarks.baselines import (
 )
 from benchmarks.offline import thresholds_for
 from benchmarks.virtual import Fate, Setup, Simulation, Ticks, Trace
+from server.bench import arrivals
 from server.budget.controller import BudgetController
 from server.budget.store import MemoryStore
 from server.budget.store import Policy as Target

@@ -39,6 +39,14 @@ def test_host_cpu_is_split_by_thread(run: Run) -> None:
     assert all(by_thread[group] > 0 for group in ("loop", "executor", "decode"))
 
 
+@with_wrk
+def test_the_driver_is_compared_with_wrk(run: Run) -> None:
+    figures = run("driver", "--seconds", "1", "--rounds", "1", "--processes", "1")["figures"]
+    for name in ("dvt_bench_1", "wrk"):
+        assert figures[f"{name}_per_s"][0] > 0
+        assert figures[f"{name}_cpu_us"][0] > 0
+
+
 def test_a_lone_request_is_compared_with_the_bare_engine(run: Run) -> None:
     results = run("latency", "--requests", "20")
     assert results["broken"] == []
@@ -105,7 +113,7 @@ def test_previews_are_asked_for_beside_others(run: Run) -> None:
 
 
 def test_hostile_files_get_what_their_manifest_expects(run: Run, tmp_path: Path) -> None:
-    from benchmarks.photos import photo
+    from server.bench.photos import photo
 
     folder = tmp_path / "files"
     (folder / "broken").mkdir(parents=True)

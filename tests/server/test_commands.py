@@ -37,7 +37,10 @@ from server.frontend import images
 Run = Callable[..., tuple[int, str, str]]
 
 
-COMMANDS = ("serve", "calibrate", "profile", "batch", "classify", "budget", "train", "import", "evaluate", "export")
+COMMANDS = (
+    *("serve", "calibrate", "profile", "batch", "classify", "budget", "bench"),
+    *("train", "import", "evaluate", "export"),
+)
 
 
 @pytest.mark.parametrize("columns", ["", "80", "60"])
@@ -54,7 +57,7 @@ def test_no_line_of_help_is_cut_or_too_wide(
     assert command or all(f"\n  {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["profile"], ["batch"], ["classify"], ["budget"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["profile"], ["batch"], ["classify"], ["budget"], ["bench"]])
 def test_help_explains_and_shows_examples(dvt: Run, command: list[str]) -> None:
     status, out, _ = dvt(*command, "--help")
     assert status == 0
@@ -70,7 +73,7 @@ def test_a_bundle_that_may_not_be_read_is_left_to_who_says_so_in_one_line(comman
 
 def test_all_commands_of_the_server_are_there(dvt: Run) -> None:
     _, out, _ = dvt("--help")
-    for command in ("serve", "profile", "classify", "budget"):
+    for command in ("serve", "profile", "classify", "budget", "bench"):
         assert f"\n  {command} " in out
 
 

@@ -8,15 +8,20 @@ All raise ValueError for a rate or a length that is not above 0.
 from __future__ import annotations
 
 import csv
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from server.documents import shown
+
 Times = NDArray[np.float64]  # (N,) seconds, rising
+_MOST = 10**8  # arrivals of a trace
 
 
 def poisson(rate: float, seconds: float, seed: int) -> Times:
@@ -74,6 +79,25 @@ def step(rate: float, seconds: float, seed: int, *, factor: float, start_s: floa
     return times[rng.random(len(times)) * peak < wanted]  # thinning (Lewis and Shedler, 1979)
 
 
+def steps(rates: Sequence[float], seconds: float, seed: int) -> Times:
+    """Poisson, at each of these rates for an equal part of the time. A rate may be 0, where another is not."""
+    _check(max(rates), seconds)
+    if min(rates) < 0:
+        raise ValueError(f"a rate cannot be below 0: {min(rates):g}")
+    rng = np.random.default_rng(seed)
+    part = seconds / len(rates)
+    return np.concatenate(
+        [np.sort(rng.uniform(n * part, (n + 1) * part, rng.poisson(rate * part))) for n, rate in enumerate(rates)]
+    )
+
+
+def evenly(rate: float, seconds: float, seed: int) -> Times:
+    """One every 1 / rate seconds. No chance plays a part, nor the seed."""
+    del seed
+    _check(rate, seconds)
+    return np.arange(math.ceil(rate * seconds)) / rate
+
+
 def read_trace(
     path: Path,
     *,
@@ -83,9 +107,11 @@ def read_trace(
     rate: float | None = None,
     seed: int = 0,
 ) -> Times:
-    """Arrival times from a CSV with a header, such as the public traces of Azure Functions or of Twitter.
+    """Arrival times from a CSV with a header, such as the public traces of Azure Functions or of Twitter, or from JSON
+    lines (`.jsonl`), one object each.
 
-    `time` names the column of the time: seconds, or an ISO 8601 date and time. Alone, every line is one arrival. With
+    `time` names the column of the time: seconds, or an ISO 8601 date and time. A file of bare numbers, one a line,
+    needs no name. Alone, every line is one arrival. With
     `count`, a column of numbers of arrivals, every line stands for an interval of `interval_s` seconds from that time
     on (by default the smallest step between two lines), over which its arrivals are spread evenly at random. Lines may
     come in any order. The first arrival or interval begins at 0. `rate` rescales time so that this becomes the mean
@@ -106,6 +132,8 @@ def read_trace(
         width = float(steps.min()) if interval_s is None else interval_s
         if not width > 0:
             raise ValueError(f"interval_s must be above 0, not {width}")
+        if counts.sum() > _MOST:
+            raise ValueError(f"{path.name}: more than {_MOST} arrivals")
         within = np.random.default_rng(seed).random(int(counts.sum()))
         times = np.sort(np.repeat(starts, counts) + within * width)
         length = float(starts.max()) + width
@@ -125,7 +153,7 @@ def _check(rate: float, seconds: float) -> None:
         raise ValueError(f"rate and seconds must be above 0 and finite, not {rate} and {seconds}")
 
 
-def _within(seconds: float, rate: float, gaps) -> Times:  # type: ignore[no-untyped-def]
+def _within(seconds: float, rate: float, gaps: Callable[[int], Times]) -> Times:
     """The sums of gaps that stay below `seconds`; `gaps(count)` draws as many more."""
     times = np.cumsum(gaps(int(rate * seconds) + 16))
     while times[-1] < seconds:
@@ -134,38 +162,69 @@ def _within(seconds: float, rate: float, gaps) -> Times:  # type: ignore[no-unty
 
 
 def _columns(path: Path, time: str, count: str | None) -> tuple[Times, NDArray[np.int64]]:
-    with path.open(newline="") as file:
-        lines = csv.DictReader(file)
-        for column in filter(None, (time, count)):
-            if column not in (lines.fieldnames or ()):
-                raise ValueError(f"{path.name}: no column {column!r} among {', '.join(lines.fieldnames or ['none'])}")
-        return _read(path, lines, time, count)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            bare = _is_number(file.readline())
+            file.seek(0)
+            if bare:
+                return _read(
+                    path, ((n, {time: line}) for n, line in enumerate(file, start=1) if line.strip()), time, None
+                )
+            if path.suffix.lower() == ".jsonl":
+                return _read(path, ((n, _object(line)) for n, line in enumerate(file, start=1)), time, count)
+            lines = csv.DictReader(file)
+            for column in filter(None, (time, count)):
+                if column not in (lines.fieldnames or ()):
+                    known = ", ".join(lines.fieldnames or ["none"])
+                    raise ValueError(f"{path.name}: no column {column!r} among {known[:200]}")
+            return _read(path, enumerate(lines, start=2), time, count)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name}: not text in UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path.name}: not readable as CSV ({error})") from None
 
 
-def _read(path: Path, lines: Iterable[dict[str, str]], time: str, count: str | None) -> tuple[Times, NDArray[np.int64]]:
+def _read(
+    path: Path, lines: Iterable[tuple[int, Mapping[str, Any]]], time: str, count: str | None
+) -> tuple[Times, NDArray[np.int64]]:
     starts, counts = [], []
-    for number, line in enumerate(lines, start=2):
+    for number, line in lines:
         try:
             starts.append(_seconds(line[time]))
             counts.append(1 if count is None else _whole(line[count]))
-        except (TypeError, ValueError):  # TypeError: a line with too few cells
-            cells = ", ".join(repr(line[column]) for column in (time, count) if column)
+        except (LookupError, TypeError, ValueError, OverflowError):  # TypeError: a line with too few cells
+            cells = ", ".join(shown(line.get(column)) for column in (time, count) if column)
             raise ValueError(f"{path.name}, line {number}: no time or number of arrivals: {cells}") from None
     return np.array(starts, dtype=np.float64), np.array(counts, dtype=np.int64)
 
 
-def _seconds(cell: str) -> float:
+def _object(line: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _seconds(cell: Any) -> float:
     try:
         value = float(cell)
     except ValueError:
-        value = datetime.fromisoformat(cell).timestamp()
+        value = datetime.fromisoformat(cell.strip()).timestamp()
     if not math.isfinite(value):
         raise ValueError(cell)
     return value
 
 
-def _whole(cell: str) -> int:
+def _whole(cell: Any) -> int:
     value = float(cell)
-    if not value.is_integer() or value < 0:
+    if not value.is_integer() or not 0 <= value <= _MOST:
         raise ValueError(cell)
     return int(value)
