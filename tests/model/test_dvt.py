@@ -75,7 +75,7 @@ def test_a_soft_split_that_does_not_fit_is_refused(size: int, grid: int):
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "photo10"])
 @pytest.mark.parametrize("grids", [(7, 14), (4, 7, 10, 14), (5, 9)])
 def test_every_backbone_takes_any_list_of_grids(name: str, grids: tuple[int, ...]):
-    config = variant(name, image_size=224, grids=grids, depth=1)
+    config = variant(name, image_size=224, resize=256, grids=grids, depth=1)
     with torch.inference_mode():
         exits = DVT(config).eval()(torch.zeros(1, 3, 224, 224))
     assert [tuple(logits.shape) for logits in exits] == [(1, config.num_classes)] * len(grids)

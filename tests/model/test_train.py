@@ -252,7 +252,7 @@ def test_the_command_line_changes_a_recipe_and_its_variant():
         "drop_path": 0.1,
         "changes": {"grids": (2, 4), "feature_reuse": False},
     }
-    model = initial_model(replace(RECIPES["micro"], **values), ("a", "b"), None)
+    model = initial_model(replace(RECIPES["micro"], **values), ("a", "b"), None)[0]
     assert model.config.grids == (2, 4)
     assert model.stages[1].feature_reuse is None
 
@@ -276,8 +276,8 @@ def test_a_change_that_makes_no_sense_is_refused(change: str, cause: str):
 def test_fine_tuning_keeps_the_backbone_and_makes_a_head_for_other_classes(patches: Path):
     source, _ = load_model(patches)
     recipe = replace(PLAIN, mean=(0.5, 0.4, 0.3), drop_path=0.2)
-    same = initial_model(recipe, ("a", "b", "c", "d"), patches)
-    other = initial_model(recipe, ("a", "b", "c"), patches)
+    same = initial_model(recipe, ("a", "b", "c", "d"), patches)[0]
+    other = initial_model(recipe, ("a", "b", "c"), patches)[0]
     assert torch.equal(same.stages[1].head.weight, source.stages[1].head.weight)
     assert other.stages[1].head.weight.shape == (3, 32)
     assert torch.equal(other.stages[1].blocks[0].attn.qkv.weight, source.stages[1].blocks[0].attn.qkv.weight)
