@@ -60,7 +60,7 @@ def train(
       dvt train photo10/train runs/photo10 --resume
       dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3 --set variant.grids=4,8
       dvt train cifar10/train runs/cifar --recipe fine-tune --from t2t-vit-12.safetensors
-      dvt train photo10/train runs/two --from photo10.safetensors --set variant.grids=4,8 --fresh
+      dvt train photo10/train runs/two --from photo10.safetensors --set variant.grids=4,8
       torchrun --nproc-per-node 8 -m server train imagenet/train runs/t2t
     """
     import torch

@@ -260,15 +260,20 @@ class Run:
         save_tensors(path, tensors, header)
 
     def restore(self, path: Path) -> None:
-        """Raises CheckpointError where the run that wrote the file was another one."""
+        """Raises CheckpointError where the run that wrote the file was another one, or none."""
         tensors, header = load_tensors(path)
+        if missing := sorted({"config", "recipe", "epoch", "step", "scaler"} - header.keys()):
+            raise CheckpointError(f"{path} is no run that can be resumed: its header has no {missing[0]}")
         mine = json.loads(json.dumps({"config": self.model.config.to_dict(), "recipe": asdict(self.recipe)}))
         for part in ("config", "recipe"):
             changed = [k for k, v in mine[part].items() if header[part].get(k) != v]
             if changed:
                 raise CheckpointError(f"{path} was written by another run: {part} differs in {', '.join(changed)}")
-        self.model.load_state_dict(under(tensors, "live."))
-        self.averaged.load_state_dict(under(tensors, "model."))
+        for network, prefix in ((self.model, "live."), (self.averaged, "model.")):
+            found = under(tensors, prefix)
+            if different := sorted(network.state_dict().keys() ^ found.keys()):
+                raise CheckpointError(f"{path} is no run that can be resumed: {prefix}{different[0]} is not in both")
+            network.load_state_dict(found)
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in under(tensors, "optimizer.").items():
             index, name = key.split(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from model.augment import OPERATIONS, rand_augment
-from model.checkpoint import CheckpointError, load_model, load_tensors, save_model
+from model.checkpoint import CheckpointError, load_model, load_tensors, save_model, save_tensors
 from model.commands import _parse
 from model.config import variant
 from model.data import EpochSampler, TrainImages, held_out, scan_image_folder, select
@@ -145,6 +146,18 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(image_folder: Path, micro_
         train(image_folder, micro_checkpoint.parent, SHORT)
     with pytest.raises(CheckpointError, match="recipe differs in epochs"):
         train(image_folder, micro_checkpoint.parent, SHORT, resume=True)
+
+
+def test_a_file_that_is_no_run_is_not_resumed(image_folder: Path, micro_checkpoint: Path, tmp_path: Path):
+    shutil.copy(micro_checkpoint, tmp_path / "last.safetensors")  # averaged weights alone
+    recipe = Recipe(**load_model(micro_checkpoint)[1]["recipe"])
+    with pytest.raises(CheckpointError, match="is no run that can be resumed: its header has no epoch"):
+        train(image_folder, tmp_path, recipe, resume=True)
+    tensors, header = load_tensors(micro_checkpoint.parent / "last.safetensors")
+    del tensors["live.stages.0.head.bias"]
+    save_tensors(tmp_path / "last.safetensors", tensors, header)
+    with pytest.raises(CheckpointError, match=r"live\.stages\.0\.head\.bias is not in both"):
+        train(image_folder, tmp_path, recipe, resume=True)
 
 
 def test_unusable_data_is_refused_with_the_folder_s_name(tmp_path: Path):
@@ -335,7 +348,7 @@ def test_what_does_not_fit_is_named_and_begins_anew_only_when_told_to(
 
 def test_stages_take_the_weights_of_the_stage_on_their_own_grid(patches: Path):
     source, _ = load_model(patches)
-    model, taken = from_patches(patches, grids=(2, 4), fresh=True)
+    model, taken = from_patches(patches, grids=(2, 4))
     for mine, theirs in ((0, 0), (1, 2)):
         for name in ("pos_embed", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight"):
             got, want = (m.get_parameter(f"stages.{i}.{name}") for m, i in ((model, mine), (source, theirs)))
@@ -345,7 +358,7 @@ def test_stages_take_the_weights_of_the_stage_on_their_own_grid(patches: Path):
     alone, taken = from_patches(patches, grids=(4,), fresh=True)
     assert torch.equal(alone.stages[0].pos_embed, source.stages[2].pos_embed)
     # Without reuse a block's second norm and the layer behind it are narrower.
-    assert {name.split(".", 3)[3].split(".")[0] for name in taken.fresh} == {"norm2", "mlp"}
+    assert {name.split(".")[4] for name in taken.fresh} == {"norm2", "mlp"}
 
 
 def test_a_published_checkpoint_is_begun_with_as_it_is(tmp_path: Path):
@@ -461,8 +474,6 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path: Path):
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path):
-    from model.checkpoint import save_tensors
-
     model = DVT(variant("micro"))
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     header = {"config": model.config.to_dict()}
