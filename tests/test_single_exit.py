@@ -84,15 +84,17 @@ def served(bundle: Path, state: Path) -> Iterator[httpx.Client]:
         env={**os.environ, "DVT_STATE_DIR": str(state)},
     )
     assert process.stdout is not None
-    found = None
-    for line in process.stdout:
-        if found := re.search(r"Listening on (\S+)", line):
-            break
-    assert found, "the server ended before it listened"
-    with httpx.Client(base_url=found[1], timeout=30) as client:
-        yield client
-    process.send_signal(signal.SIGTERM)
-    process.stdout.close()
+    try:
+        found = None
+        for line in process.stdout:
+            if found := re.search(r"Listening on (\S+)", line):
+                break
+        assert found, "the server ended before it listened"
+        with httpx.Client(base_url=found[1], timeout=30) as client:
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.stdout.close()
     assert process.wait(timeout=30) == 0
 
 
