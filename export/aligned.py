@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DVTConfig
-from model.dvt import Stage
 from model.layers import Attend, Attention, attend
-from model.reuse import LayerFeatures, RelationReuse, ReuseState, features_shape
+from model.reuse import LayerFeatures, RelationReuse, ReuseState
+from model.stage import Stage
 
 MULTIPLE = 8
 MASKED = -3e4  # finite, and with any logit still so in fp16
@@ -42,18 +42,13 @@ def state_shapes(config: DVTConfig, number: int) -> tuple[tuple[int, ...], tuple
     P = padded(tokens(config, number))
     channels = config.depth * config.num_heads
     # Features keep the class token: cutting it off would shift all others.
-    features = (*features_shape(config, 1)[:-2], P, config.embed_dim)
-    return features, (channels + (_ones(channels) if _inside(config) else 0), P, P)
+    return (P, config.embed_dim), (channels + _ones(config), P, P)
 
 
-def _inside(config: DVTConfig) -> bool:
-    """Whether the biases of the MLP over relations lie inside its products."""
-    return config.relation_reuse and config.relation_design == "all-layers"
-
-
-def _ones(channels: int) -> int:
-    """Channels that follow: one of ones, and zeros."""
-    return padded(channels + 1) - channels
+def _ones(config: DVTConfig) -> int:
+    """Channels that follow the relations where they are reused: one of ones, and zeros."""
+    channels = config.depth * config.num_heads
+    return padded(channels + 1) - channels if config.relation_reuse else 0
 
 
 def attention(config: DVTConfig, number: int, dtype: torch.dtype) -> Attend:
@@ -90,15 +85,10 @@ def align(stage: Stage, config: DVTConfig) -> AlignedStage:
         source = padded(tokens(config, stage.index))
         for layer in stage.feature_reuse:
             assert isinstance(layer, LayerFeatures)
-            layer.upsample = _to_the_end(_with_class_column(layer.upsample), P, source)
+            layer.upsample = _to_the_end(F.pad(layer.upsample, (1, 0)), P, source)  # nothing of the class token
     if stage.relation_reuse is not None:
         stage.relation_reuse = AlignedRelations(stage.relation_reuse, config)
     return AlignedStage(stage, config)
-
-
-def _with_class_column(upsample: Tensor) -> Tensor:
-    """Upsampling of features may leave out the class token, whose row is zeros then."""
-    return F.pad(upsample, (1, 0)) if not upsample[0].any() else upsample
 
 
 def _to_the_end(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -121,7 +111,7 @@ class AlignedStage(Stage):
 
     def __init__(self, stage: Stage, config: DVTConfig) -> None:
         nn.Module.__init__(self)
-        self.index, self.hands_on, self.feature_design = stage.index, stage.hands_on, stage.feature_design
+        self.index, self.hands_on = stage.index, stage.hands_on
         self.tokenizer, self.blocks, self.norm, self.head = stage.tokenizer, stage.blocks, stage.norm, stage.head
         self.feature_reuse, self.relation_reuse = stage.feature_reuse, stage.relation_reuse
         N = tokens(config, stage.index + 1)
@@ -131,8 +121,7 @@ class AlignedStage(Stage):
         places = stage.pos_embed.detach().clone()
         places[:, :1] += stage.cls_token.detach()
         self.register_buffer("places", F.pad(places, (0, 0, 0, self.padding)))  # (1, P, D)
-        channels = config.depth * config.num_heads
-        ones = torch.zeros(1, _ones(channels) if _inside(config) else 0, P, P)
+        ones = torch.zeros(1, _ones(config), P, P)
         ones[:, :1] = 1
         self.register_buffer("ones", ones)
 
@@ -141,7 +130,7 @@ class AlignedStage(Stage):
         x = F.pad(self.tokenizer(images), (0, 0, 1, self.padding)) + self.places  # (B, P, D)
         mixed = self.relation_reuse(state.relations) if self.relation_reuse is not None and state is not None else None
         features = self.feature_reuse(state.features) if self.feature_reuse is not None and state is not None else None
-        relations, outputs = [], []
+        relations = []
         for layer, block in enumerate(self.blocks):
             relation = None
             if self.relation_reuse is not None and mixed is not None:
@@ -149,23 +138,20 @@ class AlignedStage(Stage):
             x, logits = block(x, relation, None if features is None else features[layer])
             if self.hands_on:
                 relations.append(logits)
-                outputs.append(x)
         answer = self.head(self.norm(x[:, 0]))
         if not self.hands_on:
             return answer, None
         if self.ones.shape[1]:
             relations.append(self.ones.expand(x.shape[0], -1, -1, -1))
-        whole = torch.stack(outputs, dim=1) if self.feature_design == "layer-wise" else outputs[-1]
-        return answer, ReuseState(whole, torch.cat(relations, dim=1))
+        return answer, ReuseState(x, torch.cat(relations, dim=1))
 
 
 class AlignedRelations(RelationReuse):
     def __init__(self, reuse: RelationReuse, config: DVTConfig) -> None:
         nn.Module.__init__(self)
         self.source, self.target = reuse.source, reuse.target
-        self.num_heads, self.design = reuse.num_heads, reuse.design
-        inside = _inside(config)
-        self.mlp = AlignedMlp(reuse.mlp) if inside else reuse.mlp  # type: ignore[assignment]
+        self.num_heads = reuse.num_heads
+        self.mlp = AlignedMlp(reuse.mlp, _ones(config))  # type: ignore[assignment]
         P, source = (padded(grid * grid + 1) for grid in (self.target, self.source))
         self.register_buffer("upsample", _to_the_end(reuse.upsample, P, source), persistent=False)
 
@@ -185,7 +171,7 @@ class AlignedMlp(nn.Module):
     first: Tensor
     second: Tensor
 
-    def __init__(self, mlp: nn.Sequential) -> None:
+    def __init__(self, mlp: nn.Sequential, ones: int) -> None:
         super().__init__()
         one, self.act, two = mlp
         assert isinstance(one, nn.Conv2d)
@@ -193,7 +179,7 @@ class AlignedMlp(nn.Module):
         assert one.bias is not None
         assert two.bias is not None
         channels, hidden = one.in_channels, one.out_channels
-        first = torch.zeros(padded(hidden + 1), channels + _ones(channels))
+        first = torch.zeros(padded(hidden + 1), channels + ones)
         first[:hidden, :channels] = one.weight.detach()[:, :, 0, 0]
         first[:hidden, channels] = one.bias.detach()
         first[hidden, channels] = SATURATED

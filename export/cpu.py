@@ -22,7 +22,7 @@ def suit_cpu(module: nn.Module) -> None:
             setattr(module, name, OperatorAttention(child))
         elif isinstance(child, Mlp) or (isinstance(child, nn.Linear) and child.bias is not None):
             setattr(module, name, Flat(child))
-        elif isinstance(child, RelationReuse) and child.design != "naive-upsampling":
+        elif isinstance(child, RelationReuse):
             setattr(module, name, AxisRelations(child))
         else:
             suit_cpu(child)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.bundle.frontier import FrontierRow, Records, evaluate_thresholds
+from server.bundle.frontier import FrontierRow, Records, evaluate_thresholds, exits_taken
 from server.bundle.manifest import Bundle
 from server.calibration.calibrate import Example, record
 from server.calibration.evaluate import Evaluation, evaluate
@@ -43,7 +43,7 @@ class Calibration:
     confidence: float  # mean
     ece: float  # expected calibration error, BINS bins of equal width (Guo et al., 2017)
     temperature: float  # that its logits would have to be divided by
-    ece_after: float  # with that temperature
+    ece_after: float  # with temperatures that other images tell: each half's from the other half
 
 
 class Recording(Engine):
@@ -112,16 +112,26 @@ def write_report(
 def calibration(probabilities: Probabilities, labels: NDArray[np.int64]) -> Calibration:
     """probabilities (N, K), labels (N,)."""
     log = np.log(np.maximum(probabilities.astype(np.float64), 1e-12))
-    temperature = _temperature(log, labels)
     right = probabilities.argmax(axis=1) == labels
     confidence = probabilities.max(axis=1)
     return Calibration(
         accuracy=float(right.mean()),
         confidence=float(confidence.mean()),
         ece=calibration_error(confidence, right),
-        temperature=temperature,
-        ece_after=calibration_error(_softmax(log / temperature).max(axis=1), right),
+        temperature=_temperature(log, labels),
+        ece_after=calibration_error(_cross_fitted(log, labels).max(axis=1), right),
     )
+
+
+def _cross_fitted(log: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Probabilities (N, K) at the temperature that the other half of the images tells; as they are where there is no
+    other half. On the images that it was fitted to any temperature looks better than it is."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    halves = (order[::2], order[1::2])
+    fitted = np.empty_like(log)
+    for mine, others in (halves, halves[::-1]):
+        fitted[mine] = _softmax(log[mine] / (_temperature(log[others], labels[others]) if len(others) else 1.0))
+    return fitted
 
 
 def calibration_error(confidence: NDArray[Any], right: NDArray[np.bool_]) -> float:
@@ -184,8 +194,8 @@ def _plot_curve(bundle: Bundle, records: Records, evaluation: Evaluation, path: 
         )
         axes.plot([row.gmacs for row in judged], [row.accuracy * 100 for row in judged], style, label=label)
 
-    draw(frontier.rows, "-", "frontier")
-    if logged is not None:
+    draw(frontier.rows, "-" if len(frontier.rows) > 1 else "o", "frontier")
+    if logged is not None and len(costs) > 1:
         c, r = logged.confidence, logged.correct
         draw(geometric(c, r, costs), "--", "geometric family")
         draw([genetic(c, r, costs, share * costs[-1]) for share in SHARES], "^", "genetic algorithm")
@@ -203,7 +213,11 @@ def _plot_exits(bundle: Bundle, records: Records, path: Path) -> None:
     fractions = np.array([row.exit_fractions for row in judged]).T * 100
     figure, (axes,) = _axes(7, 3.5)
     names = [f"exit {number}" for number in range(1, len(fractions) + 1)]
-    axes.stackplot([row.gmacs for row in frontier.rows], fractions, labels=names, alpha=0.85)
+    if len(judged) == 1:
+        for name, part, below in zip(names, fractions, fractions.cumsum(axis=0) - fractions, strict=True):
+            axes.bar([f"{frontier.knee.gmacs:.4g}"], part, bottom=below, label=name, alpha=0.85)
+    else:
+        axes.stackplot([row.gmacs for row in frontier.rows], fractions, labels=names, alpha=0.85)
     axes.set(xlabel="budget, mean GMAC per image", ylabel="images, %", ylim=(0, 100))
     axes.margins(x=0)
     axes.legend(loc="lower left")
@@ -237,13 +251,13 @@ def _gallery(
     """Per class the surest images that leave first, and the least sure ones that leave last (Figure 9)."""
     from PIL import Image, ImageOps
 
-    stays = records.confidence.astype(np.float64) < np.array(row.thresholds[:-1])[:, None]
-    exits = np.where(stays.all(axis=0), len(row.thresholds), stays.argmin(axis=0) + 1)
+    exits = exits_taken(records, row.thresholds) + 1
+    confidence = records.confidence[0] if len(records.confidence) else np.zeros(len(examples))  # a single exit has none
     labels = np.array([label for _, label in examples])
     gallery: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for label in np.unique(labels)[:CLASSES].tolist():
         mine = np.flatnonzero(labels == label)
-        surest = mine[np.argsort(-records.confidence[0, mine], kind="stable")]
+        surest = mine[np.argsort(-confidence[mine], kind="stable")]
         easy = [i for i in surest.tolist() if exits[i] == 1][:PER_CLASS]
         hard = [i for i in surest[::-1].tolist() if exits[i] == len(row.thresholds)][:PER_CLASS]
         shown: dict[str, list[dict[str, Any]]] = {"easy": [], "hard": []}
@@ -301,7 +315,8 @@ def _page(
 <h2>Where images leave</h2>
 <img class="plot" src="exits.png" alt="share of the images at each exit, by budget">
 <h2>Confidence</h2>
-<p>ECE: mean distance of accuracy from confidence. Temperature: what the logits would have to be divided by.</p>
+<p>ECE: mean distance of accuracy from confidence. Temperature: what the logits would have to be divided by; the last
+column judges each half of the images by the temperature of the other half.</p>
 <img class="plot" src="calibration.png" alt="how often each exit is right, by confidence">
 {_table(("", "top-1", "GMAC so far", "mean confidence", "ECE", "temperature", "ECE with it"), exits)}
 <h2>Easy and hard images</h2>

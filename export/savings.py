@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.dvt import Stage
 from model.layers import Attend, Block
 from model.reuse import RelationReuse
+from model.stage import Stage
 
 # Rows that stand for the class token's one: engines multiply a single row by another routine than several rows, and
 # a batch of one image would differ from others in the last bit.

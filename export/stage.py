@@ -25,9 +25,10 @@ from export.half import DTYPES, Precision, halve
 from export.savings import keep_class_row
 from export.soft_split import ChannelsLastTokens
 from model.backbones.t2t_vit import TokensToToken
-from model.dvt import DVT, Stage
+from model.dvt import DVT
 from model.layers import Attend, Attention, attend
-from model.reuse import ReuseState, features_shape
+from model.reuse import ReuseState
+from model.stage import Stage
 from server.bundle.frontier import Criterion
 
 IMAGE = "image"
@@ -84,6 +85,8 @@ class StageGraph(nn.Module):
         stage = model.stages[number - 1]
         assert isinstance(stage, Stage)
         self.config = model.config
+        self.plain_shapes = [each.state_shapes() for each in model.stages if isinstance(each, Stage)]
+        saving = saving and not model.config.ablates  # an ablation is exported as it is
         self.number = number
         self.criterion = criterion
         self.precision: Precision = precision
@@ -100,8 +103,7 @@ class StageGraph(nn.Module):
         tokenizer = self.stage.tokenizer
         self.channels_last = saving and isinstance(tokenizer, TokensToToken)
         if saving:
-            # An ablation is exported as it is.
-            if not self.stage.hands_on and model.config.feature_design == "final":
+            if not self.stage.hands_on:
                 keep_class_row(self.stage, operator)
             if isinstance(tokenizer, TokensToToken):
                 self.stage.tokenizer = ChannelsLastTokens(tokenizer)
@@ -118,7 +120,7 @@ class StageGraph(nn.Module):
 
     @property
     def takes_state(self) -> bool:
-        return self.stage.feature_reuse is not None or self.stage.relation_reuse is not None
+        return self.stage.takes_state
 
     def forward(
         self, image: Tensor, features: Tensor | None = None, relations: Tensor | None = None
@@ -173,12 +175,7 @@ class StageGraph(nn.Module):
 
     def _state_shapes(self, number: int) -> dict[str, TensorShape]:
         """State that stage `number` leaves."""
-        if self.aligned:
-            shapes = aligned.state_shapes(self.config, number)
-        else:
-            grid = self.config.grids[number - 1]
-            tokens, channels = grid * grid + 1, self.config.depth * self.config.num_heads
-            shapes = (features_shape(self.config, grid), (channels, tokens, tokens))
+        shapes = aligned.state_shapes(self.config, number) if self.aligned else self.plain_shapes[number - 1]
         # Named after the stage that leaves them: a graph may not have an input and an output of one name.
         names = (f"features_{number}", f"relations_{number}")
         dtype = str(DTYPES[self.precision]).removeprefix("torch.")

@@ -32,6 +32,12 @@ def train(
         Path | None,
         typer.Option("--from", metavar="CHECKPOINT", help="Begin with these weights; it decides the variant."),
     ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="With --from: what it lacks, or has in another shape, begins anew, not heads alone."
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch; by default all cores.")] = None,
     loaders: Annotated[int, typer.Option(min=0, help="Processes that load images; 0: the training process.")] = 0,
     minutes: Annotated[
@@ -54,6 +60,7 @@ def train(
       dvt train photo10/train runs/photo10 --resume
       dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3 --set variant.grids=4,8
       dvt train cifar10/train runs/cifar --recipe fine-tune --from t2t-vit-12.safetensors
+      dvt train photo10/train runs/two --from photo10.safetensors --set variant.grids=4,8
       torchrun --nproc-per-node 8 -m server train imagenet/train runs/t2t
     """
     import torch
@@ -63,11 +70,14 @@ def train(
 
     if recipe not in RECIPES:
         raise click.UsageError(f"no recipe {recipe!r}; there are: {', '.join(RECIPES)}")
-    chosen = replace(RECIPES[recipe], **_parse(changes or [], RECIPES[recipe]))
+    if fresh and start is None:
+        raise click.UsageError("--fresh says what may begin anew with --from")
+    parsed = _parse(changes or [], RECIPES[recipe])
     if threads:
         torch.set_num_threads(threads)
     try:
-        click.echo(run(data, out, chosen, resume, loaders, start, graph, minutes))
+        chosen = replace(RECIPES[recipe], **parsed)
+        click.echo(run(data, out, chosen, resume, loaders, start, graph, minutes, fresh))
     except (ValueError, OSError, FloatingPointError) as error:
         raise click.ClickException(said(error)) from None
 

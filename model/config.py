@@ -7,6 +7,7 @@ Figures: "Not All Images are Worth 16x16 Words" (Wang et al., NeurIPS 2021), sec
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -16,13 +17,26 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 FeatureDesign = Literal["final", "layer-wise", "class-token", "first-layer", "no-norm"]
 """What f_l takes and where it goes. "final": every layer reuses the last features of the stage before. The others are
-the paper's ablations (Table 5): layer l reuses layer l's features; the class token's feature as well; only the first
-layer reuses; no LayerNorm in f_l."""
+the paper's ablations (`model.ablations`): layer l reuses layer l's features; the class token's feature as well; only
+the first layer reuses; no LayerNorm in f_l."""
 
 RelationDesign = Literal["all-layers", "layer-wise", "final-layer", "linear", "naive-upsampling"]
-"""What r_l is made from. "all-layers": an MLP over the logits of all layers. The others are the paper's ablations
-(Table 6): each layer's from its own; all from the last layer's; a linear map for the MLP; upsampling along the flat
-list of tokens, as if they lay on a line."""
+"""What r_l is made from. "all-layers": an MLP over the logits of all layers. The others are the paper's ablations: each
+layer's from its own; all from the last layer's; a linear map for the MLP; upsampling along the flat list of tokens, as
+if they lay on a line."""
+
+Tokenizer = Literal["t2t", "patch", "conv"]
+
+
+_CHOICES = {
+    "tokenizer": get_args(Tokenizer),
+    "feature_design": get_args(FeatureDesign),
+    "relation_design": get_args(RelationDesign),
+}
+_SIZES = (
+    "image_size", "embed_dim", "depth", "num_heads", "mlp_hidden", "reuse_hidden", "reuse_dim", "stem_dim",
+    "num_classes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class DVTConfig:
     name: str
     image_size: int  # pixels, square
     grids: tuple[int, ...]  # tokens per side, one entry a stage, coarse to fine; a single one is the backbone alone
-    tokenizer: Literal["t2t", "patch", "conv"]
+    tokenizer: Tokenizer
     embed_dim: int
     depth: int
     num_heads: int
@@ -55,15 +69,30 @@ class DVTConfig:
     resize: int = 256  # short side before the centre crop at evaluation, pixels
 
     def __post_init__(self) -> None:
+        for field in _SIZES:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{self.name}: {field} must be at least 1, got {getattr(self, field)}")
         if not self.grids or any(a >= b for a, b in pairwise(self.grids)):
             raise ValueError(f"{self.name}: grids must be at least one and rise, got {self.grids}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"{self.name}: embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
-        for field, designs in (("feature_design", FeatureDesign), ("relation_design", RelationDesign)):
-            if getattr(self, field) not in get_args(designs):
-                raise ValueError(f"{self.name}: {field} is one of {', '.join(get_args(designs))}")
+        if self.resize < self.image_size:
+            raise ValueError(f"{self.name}: resize {self.resize} is smaller than image_size {self.image_size}")
+        for field, known in _CHOICES.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"{self.name}: {field} is one of {', '.join(known)}")
+        for field in ("mean", "std"):
+            if len(getattr(self, field)) != 3:
+                raise ValueError(f"{self.name}: {field} has {len(getattr(self, field))} numbers, one a channel is 3")
+        if min(self.std) <= 0:
+            raise ValueError(f"{self.name}: std must be above 0, got {self.std}")
         if self.labels and len(self.labels) != self.num_classes:
             raise ValueError(f"{self.name}: {len(self.labels)} labels for {self.num_classes} classes")
+
+    @property
+    def ablates(self) -> bool:
+        """Whether it has a design that only ablations have."""
+        return (self.feature_design, self.relation_design) != ("final", "all-layers")
 
     @property
     def num_stages(self) -> int:
@@ -127,6 +156,8 @@ VARIANTS: dict[str, DVTConfig] = {
     for config in (
         *(backbone(name, "t2t", *sizes) for name, sizes in _T2T.items()),
         *(backbone(name, "patch", *sizes) for name, sizes in _PATCH.items()),
+        # With two exits, which the paper finds faster in practice (its Table 2).
+        backbone("t2t-vit-12-two-exits", "t2t", *_T2T["t2t-vit-12"], grids=(7, 14)),
         # Small photographs, 64x64, ten everyday classes: the model that the server embeds. A convolutional stem
         # instead of T2T: with 24k training images a transformer alone does not learn edges (Xiao et al., 2021).
         DVTConfig(
@@ -170,5 +201,7 @@ VARIANTS: dict[str, DVTConfig] = {
 def variant(name: str, **changes: Any) -> DVTConfig:
     """A row of the table, with fields replaced. Raises ValueError for an unknown name, listing the known ones."""
     if name not in VARIANTS:
-        raise ValueError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
+        near = get_close_matches(name, VARIANTS)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"unknown variant {name!r}; {meant}known: {', '.join(VARIANTS)}")
     return replace(VARIANTS[name], **changes)

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -83,6 +83,16 @@ def resize_and_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
     return image.resize((crop, crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """In RGB, turned as its EXIF orientation says: as the server and its calibration see it."""
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
 class EvalImages(Dataset[tuple[Tensor, int]]):
     """The evaluation transform: (3, crop, crop) uint8."""
 
@@ -95,8 +105,7 @@ class EvalImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         sample = self.samples[index]
         with Image.open(sample.path) as image:
-            pixels = np.asarray(resize_and_crop(image.convert("RGB"), self.resize, self.crop))
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), sample.label
+            return to_tensor(resize_and_crop(upright(image), self.resize, self.crop)), sample.label
 
 
 class TrainImages(Dataset[tuple[Tensor, int]]):
@@ -117,7 +126,7 @@ class TrainImages(Dataset[tuple[Tensor, int]]):
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, self.epoch, index))
         with Image.open(sample.path) as file:
-            image = random_resized_crop(file.convert("RGB"), self.size, self.min_area, rng)
+            image = random_resized_crop(upright(file), self.size, self.min_area, rng)
         if self.rand_augment:
             image = rand_augment(image, self.rand_augment, rng)
         pixels = np.asarray(image)

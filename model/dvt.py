@@ -1,114 +1,71 @@
-"""The cascade: stages that can stand alone, and the DVT that chains them (paper, Figure 2).
+"""The cascade: the DVT that chains its stages (paper, Figure 2).
 
-Shapes: B images, N tokens with the class token, D embed_dim, K classes.
+Shapes: B images, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from model.backbones.t2t_vit import TokensToToken, sinusoid
-from model.backbones.vit import ConvStem, PatchEmbed
+from model.ablations import ablated_stage
 from model.config import DVTConfig
-from model.layers import Block
-from model.reuse import FeatureReuse, RelationReuse, ReuseState
-
-
-def build_tokenizer(config: DVTConfig, grid: int) -> nn.Module:
-    """Image -> tokens for one grid, (B, 3, S, S) -> (B, grid*grid, D)."""
-    match config.tokenizer:
-        case "t2t":
-            return TokensToToken(config.image_size, grid, config.embed_dim)
-        case "patch":
-            return PatchEmbed(config.image_size, grid, config.embed_dim)
-        case "conv":
-            return ConvStem(config.image_size, grid, config.embed_dim, config.stem_dim)
-
-
-class Stage(nn.Module):
-    """One complete ViT on one token grid. A reuse that a stage does not have is a module that is not there."""
-
-    def __init__(self, config: DVTConfig, index: int) -> None:
-        super().__init__()
-        grid = config.grids[index]
-        D = config.embed_dim
-        self.index = index
-        self.hands_on = index + 1 < config.num_stages
-        reuses_features = config.feature_reuse and index > 0
-        reuses_relations = config.relation_reuse and index > 0
-        first_only = config.feature_design == "first-layer"
-        self.feature_design = config.feature_design
-
-        self.tokenizer = build_tokenizer(config, grid)
-        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, D), std=0.02))
-        if config.tokenizer == "t2t":
-            self.pos_embed = nn.Parameter(sinusoid(grid * grid + 1, D), requires_grad=False)
-        else:
-            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, grid * grid + 1, D), std=0.02))
-        self.blocks = nn.ModuleList(
-            Block(
-                D,
-                config.num_heads,
-                config.mlp_hidden,
-                config.qkv_bias,
-                config.norm_eps,
-                config.reuse_dim if reuses_features and (layer == 0 or not first_only) else 0,
-                config.drop_path * layer / max(config.depth - 1, 1),
-            )
-            for layer in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.head = nn.Linear(D, config.num_classes)
-        self.feature_reuse: FeatureReuse | None = None
-        self.relation_reuse: RelationReuse | None = None
-        if reuses_features:
-            self.feature_reuse = FeatureReuse(config, config.grids[index - 1], grid)
-        if reuses_relations:
-            self.relation_reuse = RelationReuse(config, config.grids[index - 1], grid)
-
-    def forward(self, images: Tensor, state: ReuseState | None = None) -> tuple[Tensor, ReuseState | None]:
-        """images (B, 3, S, S), normalised; `state` of the stage before -> logits (B, K), state for the next stage."""
-        x = self.tokenizer(images)  # (B, N-1, D)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed  # (B, N, D)
-        mixed = self.relation_reuse(state.relations) if self.relation_reuse is not None and state is not None else None
-        features = self.feature_reuse(state.features) if self.feature_reuse is not None and state is not None else None
-        relations, outputs = [], []
-        for layer, block in enumerate(self.blocks):
-            relation = self.relation_reuse.layer(mixed, layer) if self.relation_reuse is not None else None
-            x, logits = block(x, relation, None if features is None else features[layer])
-            if self.hands_on:
-                relations.append(logits)
-                outputs.append(x)
-        handed_on = ReuseState(self._features(outputs), torch.cat(relations, dim=1)) if self.hands_on else None
-        return self.head(self.norm(x[:, 0])), handed_on  # LayerNorm is per token: only the class token's is needed
-
-    def _features(self, outputs: list[Tensor]) -> Tensor:
-        """Of the blocks' outputs, each (B, N, D), what the next stage reuses."""
-        match self.feature_design:
-            case "layer-wise":
-                return torch.stack([x[:, 1:] for x in outputs], dim=1)
-            case "class-token":
-                return outputs[-1]
-        return outputs[-1][:, 1:]
+from model.data import Normalize, resize_and_crop, to_tensor, upright
+from model.predict import Predictions, predict
+from model.stage import Stage
 
 
 class DVT(nn.Module):
-    """All stages in a row. Training runs every exit on every image; a server runs the stages one by one and stops."""
+    """All stages in a row. Training runs every exit on every image; `predict`, as a server, stops at the first that is
+    sure."""
 
     def __init__(self, config: DVTConfig) -> None:
         super().__init__()
         self.config = config
-        self.stages = nn.ModuleList(Stage(config, i) for i in range(config.num_stages))
+        build = ablated_stage if config.ablates else Stage
+        self.stages = nn.ModuleList(build(config, i) for i in range(config.num_stages))
         self.apply(_init_weights)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, S, S), normalised -> logits of every exit, each (B, K)."""
+        """images (B, 3, S, S), normalised -> logits of every exit, each (B, K). Raises ValueError for another size."""
         exits, state = [], None
         for stage in self.stages:
             logits, state = stage(images, state)
             exits.append(logits)
         return exits
+
+    def predict(self, images: Tensor, thresholds: Sequence[float], batch_size: int = 64) -> Predictions:
+        """What the first exit that is sure says of each image, (B, 3, S, S) and normalised (see `preprocess`).
+
+        An image leaves where its largest probability reaches the exit's threshold; what is left of several batches goes
+        on as one. `thresholds`: one per exit but the last. Raises ValueError for another number of them, and for images
+        of another size.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            return predict(list(self.stages), images, thresholds, batch_size)
+        finally:
+            self.train(was_training)
+
+    def preprocess(self, photos: Sequence[Image.Image]) -> Tensor:
+        """Photos as evaluation and server see them: (B, 3, S, S), normalised, on the model's device."""
+        config = self.config
+        squares = [to_tensor(resize_and_crop(upright(p), config.resize, config.image_size)) for p in photos]
+        device = self.stages[0].cls_token.device
+        return Normalize(config.mean, config.std, device)(torch.stack(squares))
+
+    def reset_classifier(self, num_classes: int, labels: Sequence[str] = ()) -> None:
+        """New heads, untrained, at all exits. Raises ValueError for labels of another number."""
+        self.config = replace(self.config, num_classes=num_classes, labels=tuple(labels))
+        for stage in self.stages:
+            old = stage.head.weight
+            stage.head = nn.Linear(old.shape[1], num_classes, device=old.device, dtype=old.dtype)
+            _init_weights(stage.head)
 
 
 def _init_weights(module: nn.Module) -> None:

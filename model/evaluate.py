@@ -1,23 +1,13 @@
-"""What a trained DVT is worth: accuracy and MACs per exit, and the logits of every exit."""
+"""What a trained DVT is worth: accuracy and logits of every exit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.dvt import DVT
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Per exit, in order: top-1 accuracy and cumulative MACs; over `images` images."""
-
-    accuracy: list[float]
-    macs: list[int]
-    images: int
 
 
 @torch.inference_mode()

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.dvt import DVT, Stage
+from model.dvt import DVT
 from model.reuse import LayerFeatures, RelationReuse, intermediate_grid
+from model.stage import Stage
 
 
 def cumulative_macs(model: DVT) -> list[int]:
@@ -57,11 +58,11 @@ def as_published(model: DVT) -> Iterator[None]:
         assert isinstance(stage, Stage)
         replace(stage.norm, "forward", _norm_all_tokens(stage.norm, stage.pos_embed.shape[1]))
         for layer in stage.feature_reuse or ():
-            assert isinstance(layer, LayerFeatures)
-            if model.config.feature_design != "class-token":
+            if type(layer) is LayerFeatures:  # an ablation's own is counted as it is
                 replace(layer, "forward", _reuse_features(layer))
-        if stage.relation_reuse is not None and model.config.relation_design != "naive-upsampling":
-            replace(stage.relation_reuse, "layer", _reuse_relations(stage.relation_reuse))
+        relations = stage.relation_reuse
+        if relations is not None and type(relations).layer is RelationReuse.layer:
+            replace(relations, "layer", _reuse_relations(relations))
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention that also gives its logits: what the next stage reuses is the softmax's *input*, scaled and
-    with this stage's own bias already added (paper, section 3.3)."""
+    with this stage's own bias already added (paper, section 3.2)."""
     logits = (q * scale) @ k.transpose(-2, -1)  # (B, h, N, N)
     if bias is not None:
         logits = logits + bias
@@ -71,7 +71,7 @@ class DropPath(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm block. Relation reuse enters as a bias on the attention logits, feature reuse as `reuse_dim` more
-    channels in front of norm2 and fc1; the residual stays the plain x (paper, Eq. 4)."""
+    channels in front of norm2 and fc1; the residual stays the plain x (paper, Eq. 5)."""
 
     def __init__(
         self,

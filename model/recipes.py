@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+_NOT_NEGATIVE = (
+    "min_lr", "weight_decay", "backbone_lr", "clip_norm", "warmup_epochs", "cooldown_epochs", "clean_epochs", "mixup",
+    "cutmix", "rand_augment", "seed",
+)  # fmt: skip
+_SHARES = (
+    "ema_decay", "min_area", "mix_probability", "smoothing", "held_out", "erasing", "distillation", "colour",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -42,6 +50,21 @@ class Recipe:
     changes: dict[str, Any] = field(default_factory=dict)  # to the variant: fields of DVTConfig
     mean: tuple[float, ...] = ()  # of the images, per channel; empty: the variant's
     std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, by name, for what would otherwise end a run after hours, or change it in silence."""
+        for name, known in (("precision", ("fp32", "bf16", "fp16")), ("optimizer", ("adamw", "sgd"))):
+            if (given := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {given}")
+        for names, holds, wanted in (
+            (("epochs", "batch_size", "check_every", "accumulate"), lambda value: value >= 1, "must be at least 1"),
+            (("lr",), lambda value: value > 0, "must be above 0"),
+            (_NOT_NEGATIVE, lambda value: value >= 0, "must not be below 0"),
+            (_SHARES, lambda value: 0 <= value <= 1, "lies between 0 and 1"),
+        ):
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise ValueError(f"{name} {wanted}, got {value:g}")
 
     @property
     def all_epochs(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model.batch_augment import erase, mix
-from model.checkpoint import CheckpointError, load_model, load_tensors, save_model, save_tensors, under
+from model.checkpoint import CheckpointError, load_tensors, save_model, save_tensors, under
 from model.config import DVTConfig, variant
 from model.data import (
     EpochSampler,
@@ -44,6 +45,7 @@ from model.dvt import DVT
 from model.evaluate import exit_accuracy
 from model.losses import cascade_loss
 from model.recipes import Recipe
+from model.start import Taken, read_start, take_weights
 
 
 @dataclass(frozen=True)
@@ -258,15 +260,20 @@ class Run:
         save_tensors(path, tensors, header)
 
     def restore(self, path: Path) -> None:
-        """Raises CheckpointError where the run that wrote the file was another one."""
+        """Raises CheckpointError where the run that wrote the file was another one, or none."""
         tensors, header = load_tensors(path)
+        if missing := sorted({"config", "recipe", "epoch", "step", "scaler"} - header.keys()):
+            raise CheckpointError(f"{path} is no run that can be resumed: its header has no {missing[0]}")
         mine = json.loads(json.dumps({"config": self.model.config.to_dict(), "recipe": asdict(self.recipe)}))
         for part in ("config", "recipe"):
             changed = [k for k, v in mine[part].items() if header[part].get(k) != v]
             if changed:
                 raise CheckpointError(f"{path} was written by another run: {part} differs in {', '.join(changed)}")
-        self.model.load_state_dict(under(tensors, "live."))
-        self.averaged.load_state_dict(under(tensors, "model."))
+        for network, prefix in ((self.model, "live."), (self.averaged, "model.")):
+            found = under(tensors, prefix)
+            if different := sorted(network.state_dict().keys() ^ found.keys()):
+                raise CheckpointError(f"{path} is no run that can be resumed: {prefix}{different[0]} is not in both")
+            network.load_state_dict(found)
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in under(tensors, "optimizer.").items():
             index, name = key.split(".")
@@ -281,20 +288,20 @@ class Run:
         self.steps = header["step"]
 
 
-def initial_model(recipe: Recipe, labels: tuple[str, ...], start: Path | None) -> DVT:
-    """A new network for these classes; with `start`, from a checkpoint, whose head is kept where it has as many
-    classes. Raises CheckpointError."""
+def initial_model(
+    recipe: Recipe, labels: tuple[str, ...], start: Path | None, fresh: bool = False
+) -> tuple[DVT, Taken | None]:
+    """A new network for these classes; with `start`, from a checkpoint, and what became of its weights (see
+    `model.start`). Raises CheckpointError, and ValueError for a configuration that cannot be."""
     changes: dict[str, Any] = {**recipe.changes, "num_classes": len(labels), "labels": labels}
     changes |= {} if recipe.drop_path is None else {"drop_path": recipe.drop_path}
     changes |= {field: given for field in ("mean", "std") if (given := getattr(recipe, field))}
+    source = None if start is None else read_start(start)
     torch.manual_seed(recipe.seed)  # the same initial weights in every process
-    if start is None:
-        return DVT(variant(recipe.variant, **changes))
-    source, _ = load_model(start)
+    if source is None:
+        return DVT(variant(recipe.variant, **changes)), None
     model = DVT(replace(source.config, **changes))
-    wanted = model.state_dict()
-    model.load_state_dict({k: v if v.shape == wanted[k].shape else wanted[k] for k, v in source.state_dict().items()})
-    return model
+    return model, take_weights(model, source, fresh)
 
 
 def batches(
@@ -342,13 +349,14 @@ def train(
     start: Path | None = None,
     graph: bool = False,
     minutes: float = math.inf,
+    fresh: bool = False,
 ) -> Path:
     """Train on the image folder `data` and return the path of the averaged model.
 
-    `start` is a checkpoint to begin with; it decides the variant. `graph`: record the step as a CUDA graph. After
-    `minutes` the run ends with the epoch it is in; it can be resumed. Raises FileNotFoundError or ValueError for
-    unusable data, FileExistsError where `out` holds a run and `resume` is not set, CheckpointError for an unusable
-    `start` and where `out` holds another run.
+    `start` is a checkpoint to begin with; it decides the variant, and with `fresh` need not fit. `graph`: record the
+    step as a CUDA graph. After `minutes` the run ends with the epoch it is in; it can be resumed. Raises
+    FileNotFoundError or ValueError for unusable data, FileExistsError where `out` holds a run and `resume` is not set,
+    CheckpointError for an unusable `start` and where `out` holds another run.
     """
     deadline = time.monotonic() + minutes * 60
     processes = Processes.start()
@@ -356,7 +364,9 @@ def train(
     if graph and not (alone and recipe.optimizer == "adamw" and recipe.precision != "fp16"):
         raise ValueError("a step is recorded as a CUDA graph only on a single GPU, with AdamW, in bf16 or fp32")
     labels, samples = scan_image_folder(data)
-    model = initial_model(recipe, labels, start)
+    model, taken = initial_model(recipe, labels, start, fresh)
+    if processes.first and taken is not None and str(taken):
+        tqdm.write(f"{start}: {taken}", file=sys.stderr)
     config = model.config
     training = select(data, samples, recipe.held_out, "train")
     watched = select(data, samples, recipe.held_out, "held-out")

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from model.backbones.images import check_images
+
 
 def patch_geometry(size: int, grid: int) -> tuple[int, int]:
     """(kernel = stride, padding) of a patch convolution from `size` pixels to `grid` tokens a side: the smallest patch
@@ -18,13 +20,15 @@ def patch_geometry(size: int, grid: int) -> tuple[int, int]:
 class PatchEmbed(nn.Module):
     """Non-overlapping patches (ViT, DeiT)."""
 
-    def __init__(self, size: int, grid: int, embed_dim: int, in_chans: int = 3) -> None:
+    def __init__(self, size: int, grid: int, embed_dim: int) -> None:
         super().__init__()
+        self.size = size
         kernel, padding = patch_geometry(size, grid)
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=kernel, stride=kernel, padding=padding)
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=kernel, stride=kernel, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, size, size) -> (B, grid*grid, D)."""
+        """(B, 3, size, size) -> (B, grid*grid, D)."""
+        check_images(x, self.size)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -55,6 +59,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, size: int, grid: int, embed_dim: int, stem_dim: int) -> None:
         super().__init__()
+        self.size = size
         widths = (3, stem_dim // 2, stem_dim)
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
@@ -65,5 +70,6 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, size, size) -> (B, grid*grid, D)."""
+        check_images(x, self.size)
         tokens: Tensor = self.layers(x).flatten(2).transpose(1, 2)
         return tokens

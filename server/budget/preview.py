@@ -138,7 +138,8 @@ class _Binned:
     """Calibration records, ordered by the bin of their first confidence. M bins."""
 
     def __init__(self, records: Records) -> None:
-        first = records.confidence[0]
+        # A single exit has no thresholds, and no confidence is recorded: one bin.
+        first = records.confidence[0] if len(records.confidence) else np.zeros(records.correct.shape[1], np.float32)
         self._edges = quantile_edges(first, BINS)
         bins = bins_of(first, self._edges)
         order = bins.argsort(kind="stable")

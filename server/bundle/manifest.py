@@ -114,7 +114,7 @@ class Manifest(_Frozen):
     version: str = Field(pattern=r"^[0-9a-f]{12}$")
     labels: tuple[str, ...] = Field(min_length=1)
     preprocessing: PreprocessingSpec
-    stages: tuple[StageSpec, ...] = Field(min_length=2)
+    stages: tuple[StageSpec, ...] = Field(min_length=1)  # a single one is a model without early exits
     precision: str = "fp32"
     criterion: Criterion = "max_probability"  # what the graphs compute as `confidence`
     parity: Mapping[str, Any] = Field(default_factory=dict)  # the exported stages against the trained model

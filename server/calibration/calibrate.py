@@ -206,7 +206,7 @@ def _judge(
             correct.append(output.probabilities.argmax(axis=1) == labels)
     except EngineFailed as error:
         raise CalibrationError(str(error)) from None
-    return np.stack(confidence[:-1]), np.stack(correct)
+    return np.stack(confidence)[:-1], np.stack(correct)
 
 
 def _stratified(examples: list[Example], limit: int) -> list[Example]:
@@ -252,7 +252,8 @@ def as_table(frontier: Frontier) -> str:
     for name, row in _summary_rows(frontier):
         shown = ", ".join("never" if t == NEVER else f"{t:.4f}" for t in row.thresholds[:-1])
         label = name if name == "knee" else f"within {name} of the last exit's cost"
-        lines.append(f"{label:<40} {row.accuracy:7.2%} {row.gmacs:#10.4g} GMAC   thresholds {shown}")
+        thresholds = f"   thresholds {shown}" if shown else ""  # a single exit has none
+        lines.append(f"{label:<40} {row.accuracy:7.2%} {row.gmacs:#10.4g} GMAC{thresholds}")
     if (certificate := frontier.certificate) is not None:
         lines.append(
             f"certified on {certificate.samples} other images: from {certificate.gmacs:.4g} GMAC on, at most "

@@ -21,7 +21,8 @@ class Evaluation:
     """Per exit, all images leaving there: `exit_accuracy`, and cumulative `stage_gmacs`. `points`: rows of the
     calibrated frontier as they turn out here, by share of the last exit's cost. `area`: mean accuracy over budgets
     from the first exit's cost to the last's, of the frontier and of the geometric family, both calibrated alike; the
-    latter is left out, {} and None, where the frontier was imported and has no records to fit it to."""
+    latter is left out, {} and None, where there is nothing to choose, with a single exit, and where the frontier was
+    imported and has no records to fit it to."""
 
     images: int
     exit_accuracy: tuple[float, ...]
@@ -37,7 +38,8 @@ def evaluate(frontier: Frontier, records: Records) -> Evaluation:
     costs = frontier.stage_gmacs
     swept = frontier.rows
     logged = frontier.records
-    family = () if logged is None else geometric(logged.confidence, logged.correct, costs)
+    chooses = len(costs) > 1
+    family = geometric(logged.confidence, logged.correct, costs) if logged is not None and chooses else ()
     return Evaluation(
         images=records.correct.shape[1],
         exit_accuracy=tuple(map(float, records.correct.mean(axis=1))),
@@ -79,6 +81,8 @@ def _points(rows: Sequence[FrontierRow], records: Records, costs: Sequence[float
 
 def _area(rows: Sequence[FrontierRow], records: Records, costs: Sequence[float]) -> float:
     """Calibrated rows as they turn out, with both ends: everybody leaves at the first exit, or at the last."""
+    if len(costs) == 1:  # one cost, one accuracy
+        return float(records.correct.mean())
     never = [NEVER] * (len(costs) - 1)
     ends = [evaluate_thresholds(records, thresholds, costs) for thresholds in ([0.0] * len(never), never)]
     turned_out = [evaluate_thresholds(records, row.thresholds, costs) for row in rows]

@@ -16,7 +16,18 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from server.bundle.frontier import MAX_RECORDS, NDIGITS, NEVER, Criterion, Frontier, Records, mean_cost, row_of
+from server.bundle.frontier import (
+    MAX_RECORDS,
+    NDIGITS,
+    NEVER,
+    Criterion,
+    Frontier,
+    FrontierRow,
+    Records,
+    evaluate_thresholds,
+    mean_cost,
+    row_of,
+)
 
 _MAX_PAIRS = 1 << 21  # thresholds tried at once; three exits at 1024 bins are half of this
 
@@ -36,10 +47,25 @@ def sweep(
     confidence (E-1, N), correct (E, N), stage_gmacs (E,) cumulative. Thresholds are tried at `bins` quantiles of each
     exit's confidences; with no more distinct confidences than bins the result is exact. Where more than `max_rows`
     rows survive they are thinned evenly along the curve, ends kept. For four exits and more, bins are made fewer so
-    that the table stays in memory. Raises ValueError for shapes that do not fit.
+    that the table stays in memory. A single exit leaves nothing to solve: one row. Raises ValueError for shapes that do
+    not fit.
     """
     costs = np.asarray(stage_gmacs, dtype=np.float64)
     records = as_records(confidence, correct, costs)
+    exits, samples = records.correct.shape
+    return Frontier(
+        rows=_solve(records, costs, bins, max_rows) if exits > 1 else (evaluate_thresholds(records, (), costs),),
+        stage_gmacs=tuple(map(float, costs)),
+        samples=samples,
+        key=key,
+        exit_accuracy=tuple(round(float(a), NDIGITS) for a in records.correct.mean(axis=1)),
+        records=_subsample(records),
+        criterion=criterion,
+    )
+
+
+def _solve(records: Records, costs: NDArray[np.float64], bins: int, max_rows: int) -> tuple[FrontierRow, ...]:
+    """For two exits and more."""
     exits, samples = records.correct.shape
     bins = max(1, min(bins, int(_MAX_PAIRS ** (1 / (exits - 1))) - 1))
 
@@ -69,23 +95,15 @@ def sweep(
         counts = [a - b for a, b in pairwise(left)]
         thresholds = (*(float(c[j]) for c, j in zip(candidates, pick, strict=True)), 0.0)
         rows.append(row_of(thresholds, counts, int(hits[tuple(pick)]), costs))
-    return Frontier(
-        rows=tuple(rows),
-        stage_gmacs=tuple(map(float, costs)),
-        samples=samples,
-        key=key,
-        exit_accuracy=tuple(round(float(a), NDIGITS) for a in records.correct.mean(axis=1)),
-        records=_subsample(records),
-        criterion=criterion,
-    )
+    return tuple(rows)
 
 
 def as_records(confidence: ArrayLike, correct: ArrayLike, costs: NDArray[np.float64]) -> Records:
     """Checked. confidence (E-1, N), correct (E, N), costs (E,). Raises ValueError for what does not fit."""
     c = np.asarray(confidence, dtype=np.float32)
     r = np.asarray(correct, dtype=bool)
-    if costs.ndim != 1 or len(costs) < 2 or not np.all(np.isfinite(costs)) or np.any(np.diff(costs) <= 0):
-        raise ValueError("stage_gmacs must hold at least two cumulative costs that rise")
+    if costs.ndim != 1 or not len(costs) or not np.all(np.isfinite(costs)) or np.any(np.diff(costs) <= 0):
+        raise ValueError("stage_gmacs must hold cumulative costs that rise")
     if r.ndim != 2 or r.shape[0] != len(costs) or c.shape != (len(costs) - 1, r.shape[1]) or r.shape[1] == 0:
         raise ValueError(f"{len(costs)} stages, but confidence {c.shape} and correct {r.shape}")
     if not np.all((c >= 0) & (c < NEVER)):  # also refuses NaN

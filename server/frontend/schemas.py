@@ -170,7 +170,6 @@ _Never = Annotated[Literal[2], WithJsonSchema({"type": "number", "enum": [2]})] 
 
 class ThresholdsTarget(_Model):
     thresholds: list[Annotated[float, Field(ge=0, le=1)] | _Never] = Field(
-        min_length=1,
         description="One per exit but the last, or one per exit with 0 as the last. 2: nobody leaves there.",
     )
 

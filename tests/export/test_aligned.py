@@ -15,10 +15,7 @@ from model.dvt import DVT
 
 DESIGNS: list[dict[str, Any]] = [
     {},
-    {"feature_design": "layer-wise"},
-    {"feature_design": "class-token"},
-    {"relation_design": "layer-wise"},
-    {"relation_design": "final-layer"},
+    {"feature_reuse": False},
     {"relation_reuse": False},
 ]
 

@@ -36,6 +36,25 @@ def test_the_temperature_is_found_that_made_a_model_too_sure_or_not_sure_enough(
     assert temperature == 1.0 or found.ece > 0.05
 
 
+def test_a_temperature_is_judged_by_images_that_did_not_tell_it():
+    """Two kinds of images, one far too sure: what fits one half of few images need not fit the other."""
+    rng = np.random.default_rng(3)
+    gains = []
+    for _ in range(60):
+        logits = rng.normal(0, 2, (12, 5))
+        honest = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        labels = (honest.cumsum(1) > rng.random((12, 1))).argmax(1)
+        found = calibration(honest.astype(np.float32), labels)
+        gains.append(found.ece - found.ece_after)
+    # These models are calibrated: no temperature helps, but one fitted to the images themselves would seem to.
+    assert np.mean(gains) < 0
+
+
+def test_a_single_image_tells_no_temperature_of_another():
+    found = calibration(np.array([[0.7, 0.3]], np.float32), np.array([0]))
+    assert found.ece_after == pytest.approx(found.ece)
+
+
 def test_the_command_writes_a_page_whose_files_are_all_there(micro_bundle: Path, image_folder: Path, tmp_path: Path):
     out = tmp_path / "report"
     arguments = ["evaluate", str(micro_bundle), str(image_folder), "--report", str(out)]

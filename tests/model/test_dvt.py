@@ -75,7 +75,7 @@ def test_a_soft_split_that_does_not_fit_is_refused(size: int, grid: int):
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "photo10"])
 @pytest.mark.parametrize("grids", [(7, 14), (4, 7, 10, 14), (5, 9)])
 def test_every_backbone_takes_any_list_of_grids(name: str, grids: tuple[int, ...]):
-    config = variant(name, image_size=224, grids=grids, depth=1)
+    config = variant(name, image_size=224, resize=256, grids=grids, depth=1)
     with torch.inference_mode():
         exits = DVT(config).eval()(torch.zeros(1, 3, 224, 224))
     assert [tuple(logits.shape) for logits in exits] == [(1, config.num_classes)] * len(grids)
@@ -174,6 +174,13 @@ def test_macs_are_the_published_ones(name: str, features: bool, relations: bool,
     assert " ".join(f"{macs / 1e9:.{digits}f}" for macs in cumulative_macs(model)) == published
 
 
+# Table 1: T2T-ViT-12 alone on one grid. Of the 4x4 one only the cost is published, not the split.
+@pytest.mark.parametrize(("grid", "published"), [(14, 1.78), (7, 0.47), (4, 0.21)])
+def test_macs_of_a_backbone_alone_are_those_of_table_1(grid: int, published: float):
+    (macs,) = cumulative_macs(DVT(variant("t2t-vit-12", grids=(grid,))))
+    assert macs / 1e9 == pytest.approx(published, abs=0.0055)  # 1.775 is printed as 1.78
+
+
 @pytest.mark.parametrize("grids", [(2, 3, 4), (2, 4)])
 def test_what_is_counted_computes_the_same(grids: tuple[int, ...]):
     torch.manual_seed(0)
@@ -217,5 +224,15 @@ def test_impossible_configurations_are_refused():
         variant("micro", num_heads=3)
     with pytest.raises(ValueError, match="unknown variant"):
         variant("huge")
+    with pytest.raises(ValueError, match="micro: resize 48 is smaller than image_size 64"):
+        variant("micro", image_size=64)
+    with pytest.raises(ValueError, match="micro: depth must be at least 1, got 0"):
+        variant("micro", depth=0)
+    with pytest.raises(ValueError, match="micro: tokenizer is one of t2t, patch, conv"):
+        variant("micro", tokenizer="pixels")
+    with pytest.raises(ValueError, match="micro: mean has 2 numbers, one a channel is 3"):
+        variant("micro", mean=(0.5, 0.5))
+    with pytest.raises(ValueError, match="micro: std must be above 0"):
+        variant("micro", std=(0.5, 0.0, 0.5))
     with pytest.raises(ValueError, match="unknown configuration fields: colour"):
         DVTConfig.from_dict({**variant("micro").to_dict(), "colour": 1})

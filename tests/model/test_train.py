@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -14,9 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from typer.testing import CliRunner
 
 from model.augment import OPERATIONS, rand_augment
-from model.checkpoint import CheckpointError, load_model, load_tensors, save_model
+from model.checkpoint import CheckpointError, load_model, load_tensors, save_model, save_tensors
 from model.commands import _parse
 from model.config import variant
 from model.data import EpochSampler, TrainImages, held_out, scan_image_folder, select
@@ -25,7 +28,9 @@ from model.evaluate import exit_logits
 from model.losses import cascade_loss
 from model.recipes import RECIPES, Recipe
 from model.train import Average, build_optimizer, initial_model, learning_rate, parameter_groups, train
+from server.__main__ import build
 from server.calibration.calibrate import held_out as held_out_by_the_server
+from tests.model.test_published import SMALL, saved
 
 SHORT = replace(RECIPES["micro"], epochs=2, held_out=0.5)
 
@@ -143,6 +148,18 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(image_folder: Path, micro_
         train(image_folder, micro_checkpoint.parent, SHORT, resume=True)
 
 
+def test_a_file_that_is_no_run_is_not_resumed(image_folder: Path, micro_checkpoint: Path, tmp_path: Path):
+    shutil.copy(micro_checkpoint, tmp_path / "last.safetensors")  # averaged weights alone
+    recipe = Recipe(**load_model(micro_checkpoint)[1]["recipe"])
+    with pytest.raises(CheckpointError, match="is no run that can be resumed: its header has no epoch"):
+        train(image_folder, tmp_path, recipe, resume=True)
+    tensors, header = load_tensors(micro_checkpoint.parent / "last.safetensors")
+    del tensors["live.stages.0.head.bias"]
+    save_tensors(tmp_path / "last.safetensors", tensors, header)
+    with pytest.raises(CheckpointError, match=r"live\.stages\.0\.head\.bias is not in both"):
+        train(image_folder, tmp_path, recipe, resume=True)
+
+
 def test_unusable_data_is_refused_with_the_folder_s_name(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(tmp_path / "nowhere", tmp_path / "out", SHORT)
@@ -252,7 +269,7 @@ def test_the_command_line_changes_a_recipe_and_its_variant():
         "drop_path": 0.1,
         "changes": {"grids": (2, 4), "feature_reuse": False},
     }
-    model = initial_model(replace(RECIPES["micro"], **values), ("a", "b"), None)
+    model = initial_model(replace(RECIPES["micro"], **values), ("a", "b"), None)[0]
     assert model.config.grids == (2, 4)
     assert model.stages[1].feature_reuse is None
 
@@ -276,8 +293,8 @@ def test_a_change_that_makes_no_sense_is_refused(change: str, cause: str):
 def test_fine_tuning_keeps_the_backbone_and_makes_a_head_for_other_classes(patches: Path):
     source, _ = load_model(patches)
     recipe = replace(PLAIN, mean=(0.5, 0.4, 0.3), drop_path=0.2)
-    same = initial_model(recipe, ("a", "b", "c", "d"), patches)
-    other = initial_model(recipe, ("a", "b", "c"), patches)
+    same = initial_model(recipe, ("a", "b", "c", "d"), patches)[0]
+    other = initial_model(recipe, ("a", "b", "c"), patches)[0]
     assert torch.equal(same.stages[1].head.weight, source.stages[1].head.weight)
     assert other.stages[1].head.weight.shape == (3, 32)
     assert torch.equal(other.stages[1].blocks[0].attn.qkv.weight, source.stages[1].blocks[0].attn.qkv.weight)
@@ -285,6 +302,121 @@ def test_fine_tuning_keeps_the_backbone_and_makes_a_head_for_other_classes(patch
     assert other.config.mean == (0.5, 0.4, 0.3)
     assert other.config.tokenizer == "patch"
     assert other.stages[0].blocks[-1].drop_path.rate == 0.2
+
+
+# --- beginning with weights that do not fit ---------------------------------------------------------------------------
+
+
+def from_patches(patches: Path, fresh: bool = False, classes: str = "abcd", **changes: Any) -> tuple[DVT, Any]:
+    return initial_model(replace(PLAIN, changes=changes), tuple(classes), patches, fresh)
+
+
+def test_what_fits_is_taken_without_a_word_and_new_heads_are_told(patches: Path):
+    _, taken = from_patches(patches)
+    assert str(taken) == ""
+    _, taken = from_patches(patches, classes="abc")
+    assert str(taken).startswith("begins anew: stages.0.head.weight, stages.0.head.bias, ")
+    assert len(taken.fresh) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"grids": (2, 6)}, "it has no stages.1."),
+        ({"grids": (5,)}, "it has no stages.0.cls_token"),
+        ({"mlp_hidden": 96}, "stages.0.blocks.0.mlp.fc1.weight has shape (48, 32), wanted is (96, 32)"),
+        ({"depth": 3}, "it has no stages.0.blocks.2.norm1.weight"),
+        ({"reuse_dim": 4}, "stages.1.blocks.0.norm2.weight has shape (40,), wanted is (36,)"),
+        ({"image_size": 60, "resize": 60}, "stages.0.tokenizer.proj.weight has shape (32, 3, 24, 24), wanted is "),
+        ({"embed_dim": 64}, "and "),  # more than a message holds
+    ],
+)
+def test_what_does_not_fit_is_named_and_begins_anew_only_when_told_to(
+    patches: Path, changes: dict[str, Any], said: str
+):
+    with pytest.raises(CheckpointError) as refused:
+        from_patches(patches, **changes)
+    message = str(refused.value)
+    assert message.startswith(f"{patches} does not fit: ")
+    assert message.endswith("; to begin these anew: --fresh")
+    assert said in message
+    assert len(message) < 700
+    model, taken = from_patches(patches, fresh=True, **changes)
+    assert taken.fresh
+    assert all(not name.startswith("stages.") or name in model.state_dict() for name in taken.fresh)
+
+
+def test_stages_take_the_weights_of_the_stage_on_their_own_grid(patches: Path):
+    source, _ = load_model(patches)
+    model, taken = from_patches(patches, grids=(2, 4))
+    for mine, theirs in ((0, 0), (1, 2)):
+        for name in ("pos_embed", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight"):
+            got, want = (m.get_parameter(f"stages.{i}.{name}") for m, i in ((model, mine), (source, theirs)))
+            assert torch.equal(got, want)
+    assert not taken.fresh
+    assert all(name.startswith("stages.1.") for name in taken.unused)
+    alone, taken = from_patches(patches, grids=(4,), fresh=True)
+    assert torch.equal(alone.stages[0].pos_embed, source.stages[2].pos_embed)
+    # Without reuse a block's second norm and the layer behind it are narrower.
+    assert {name.split(".")[4] for name in taken.fresh} == {"norm2", "mlp"}
+
+
+def test_a_published_checkpoint_is_begun_with_as_it_is(tmp_path: Path):
+    path = saved(tmp_path / "x.pth.tar")
+    model, taken = initial_model(PLAIN, ("a", "b"), path)
+    expected = SMALL.random()["less_token.blocks.0.attn.proj.weight"]
+    assert torch.equal(model.stages[1].blocks[0].attn.proj.weight, expected)
+    assert {name.split(".")[2] for name in taken.fresh} == {"head"}
+
+
+def test_other_grids_on_the_command_line_are_refused_in_one_line_and_begun_when_told_to(
+    image_folder: Path, tmp_path: Path, patches: Path
+):
+    command = [
+        "train",
+        str(image_folder),
+        str(tmp_path / "run"),
+        "--recipe=micro",
+        "--set=epochs=1",
+        "--set=held_out=0.5",
+    ]
+    command += [f"--from={patches}", "--set=variant.grids=2,6"]
+    ran = CliRunner().invoke(build(), command, standalone_mode=False)
+    assert isinstance(ran.exception, click.ClickException)
+    assert "it has no stages.1.cls_token" in ran.exception.message
+    assert not (tmp_path / "run").exists()
+    ran = CliRunner().invoke(build(), [*command, "--fresh"])
+    assert ran.exit_code == 0, ran.output
+    assert "begins anew: stages.1.cls_token" in ran.stderr
+    ran = CliRunner().invoke(build(), [*command[:4], "--fresh"], standalone_mode=False)
+    assert isinstance(ran.exception, click.UsageError)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("variant.image_size=96", "micro: resize 48 is smaller than image_size 96"),
+        ("lr=0", "lr must be above 0, got 0"),
+        ("batch_size=0", "batch_size must be at least 1, got 0"),
+        ("check_every=0", "check_every must be at least 1, got 0"),
+        ("accumulate=0", "accumulate must be at least 1, got 0"),
+        ("precision=fp8", "precision is one of fp32, bf16, fp16, not fp8"),
+        ("optimizer=lion", "optimizer is one of adamw, sgd, not lion"),
+        ("held_out=1.5", "held_out lies between 0 and 1, got 1.5"),
+        ("warmup_epochs=-1", "warmup_epochs must not be below 0, got -1"),
+        ("lr=nan", "lr must be above 0, got nan"),
+        ("mean=0.5,0.5", "micro: mean has 2 numbers, one a channel is 3"),
+        ("variant.tokenizer=pixels", "micro: tokenizer is one of t2t, patch, conv"),
+        ("variant.depth=0", "micro: depth must be at least 1, got 0"),
+        ("variant=mikro", "unknown variant 'mikro'; did you mean micro"),
+    ],
+)
+def test_a_recipe_that_would_fail_later_is_refused_at_once(image_folder: Path, tmp_path: Path, change: str, said: str):
+    command = ["train", str(image_folder), str(tmp_path / "run"), "--recipe=micro", f"--set={change}"]
+    ran = CliRunner().invoke(build(), command, standalone_mode=False)
+    assert isinstance(ran.exception, click.ClickException)
+    assert said in ran.exception.message
+    assert not (tmp_path / "run").exists()
 
 
 def test_heads_may_learn_faster_than_the_backbone():
@@ -342,8 +474,6 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path: Path):
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path):
-    from model.checkpoint import save_tensors
-
     model = DVT(variant("micro"))
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     header = {"config": model.config.to_dict()}
