@@ -28,7 +28,7 @@ except KeyboardInterrupt:  # all this takes half a second, in which one may have
 GROUP = "dvt.commands"
 
 # Which extra of the distribution brings a library that is missing.
-EXTRAS = {"onnxruntime": "cpu", "cuda": "gpu-torch", "tensorrt": "gpu-trt"}
+EXTRAS = {"onnxruntime": "cpu", "cuda": "gpu-torch", "tensorrt": "gpu-trt", "kubernetes": "kubernetes"}
 DEFAULT_EXTRA = "export"  # torch, onnx and what belongs to them
 
 
