@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -388,8 +389,11 @@ def _configmap(settings: Settings, bundle: Bundle) -> ConfigMapStore:
         ) from None
     except NoCluster as error:
         raise SettingsError(f"DVT_POLICY_STORE=configmap: {error}; or set DVT_POLICY_KUBECONFIG") from None
-    kept = settings.state_dir / f"fleet-{namespace}-{name}.json" if settings.state_dir is not None else None
-    return ConfigMapStore(name, namespace, bundle.manifest.name, connect, kept)
+    model = bundle.manifest.name
+    kept = None
+    if settings.state_dir is not None:
+        kept = settings.state_dir / f"fleet-{namespace}-{name}-{re.sub(r'[^A-Za-z0-9.-]', '_', model)[:80]}.json"
+    return ConfigMapStore(name, namespace, model, connect, kept)
 
 
 def _control_token(file: Path | None) -> ControlToken:

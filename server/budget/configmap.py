@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
@@ -126,7 +127,6 @@ class ConfigMapStore:
         self._watch_s, self._wait_s = watch_s, wait_s
         self._client: ApiClient | None = None
         self._cursor = ""  # where the next watch begins
-        self._given_up = False
 
     def __str__(self) -> str:
         return f"ConfigMap {self._namespace}/{self._name}"
@@ -201,8 +201,6 @@ class ConfigMapStore:
     async def compare_and_set(self, policy: Policy, seen: Held) -> Held:
         from kubernetes.aio.client import V1ConfigMap
 
-        if self._given_up:
-            raise StoreUnavailable("the budget could not be stored: this server is stopping")
         body = {"hold": policy.hold, **({"mix": True} if policy.mix else {}), **policy.target}
         budget = orjson.dumps(body).decode()
         stamp = {
@@ -227,7 +225,7 @@ class ConfigMapStore:
         return self._held(document)
 
     def close(self) -> None:
-        self._given_up = True
+        pass  # it is nobody's alone, so there is nothing to give up
 
     async def disconnect(self) -> None:
         client, self._client = self._client, None
@@ -289,7 +287,7 @@ class ConfigMapStore:
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             if isinstance(error, ssl.SSLError | aiohttp.ClientSSLError):
                 await self.disconnect()
-            raise StoreUnavailable(f"the API server cannot be reached: {_line(error)}", reason="unreachable") from None
+            raise StoreUnavailable(f"the API server cannot be reached: {_why(error)}", reason="unreachable") from None
         except ValueError as error:  # a line without end
             raise StoreUnavailable(f"the API server's answer cannot be read: {_line(error)}", reason="other") from None
 
@@ -350,6 +348,12 @@ def _stamp(text: object) -> tuple[int, str | None, str, str, str]:
 
 def _digest(budget: str) -> str:
     return hashlib.sha256(budget.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _why(error: BaseException) -> str:
+    """What the system said, without addresses: everybody may read it in GET /budget."""
+    number = getattr(getattr(error, "os_error", error), "errno", None)
+    return os.strerror(number).lower() if number else type(error).__name__
 
 
 def _line(error: object) -> str:

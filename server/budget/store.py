@@ -113,7 +113,8 @@ class PolicyStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing is stored any more: another server may own the state. May be called twice."""
+        """Of a store that is this server's alone: nothing is stored any more, another server may own it. May be called
+        twice."""
         ...
 
     async def disconnect(self) -> None:

@@ -1,7 +1,7 @@
 """Plays the API server of Kubernetes, as far as ConfigMaps go: one counter of revisions, compare-and-set by
 resourceVersion, lists, watches from a revision on with bookmarks and 410, bearer tokens, verbs that are denied.
 
-What it holds outlives a `restart`, as etcd does. It can refuse connections (`stop`), be half open (`silent`: takes
+What it holds outlives a `restart`, as etcd does. It can refuse connections (`stop`), be half open (`silence`: takes
 everything in and answers nothing), be slow, and lose the answers to writes that it has done.
 
 As a program it obeys lines on stdin, and says on stdout where it listens and what it has obeyed: `serve`, `stop`,
@@ -42,6 +42,7 @@ class ApiServer:
         )
         self.bookmark_s = 60.0
         self.asked: Counter[str] = Counter()  # by verb
+        self._lost = 0  # times that all connections were
         self._changed = asyncio.Event()
         self._runner: web.AppRunner | None = None
 
@@ -135,6 +136,11 @@ class ApiServer:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def silence(self) -> None:
+        """Half open: what is asked from now on is not answered until `silent` is false again, and what is watched on
+        connections of now is never heard of again."""
+        self.silent, self._lost = True, self._lost + 1
+
     async def _let_in(self, request: web.Request, verb: str) -> web.Response | None:
         self.asked[verb] += 1
         if self.silent:
@@ -174,22 +180,26 @@ class ApiServer:
             gone = {"kind": "Status", "status": "Failure", "code": 410, "reason": "Expired", "message": "too old"}
             await response.write(_line("ERROR", gone))
             return response
+        lost = self._lost
         while self._runner is not None:
             changed = self._changed
+            if self._lost > lost:
+                await changed.wait()  # for the end of the server
+                continue
             for revision, kind, subject in list(self.history):
-                if revision > sent and not self.silent:
+                if revision > sent:
                     sent = revision
                     where = subject["metadata"]["namespace"], subject["metadata"]["name"]
                     if where[0] == namespace and name in ("", where[1]):
                         await response.write(_line(kind, subject))
             wait_s = min(ends - time.monotonic(), self.bookmark_s)
-            if wait_s <= 0 and not self.silent:
+            if wait_s <= 0:
                 break
             try:
                 async with asyncio.timeout(max(wait_s, 0.05)):
                     await changed.wait()
             except TimeoutError:
-                if not self.silent and self.bookmark_s < ends - time.monotonic():
+                if self.bookmark_s < ends - time.monotonic():
                     head = {"kind": "ConfigMap", "apiVersion": "v1"}
                     await response.write(_line("BOOKMARK", {**head, "metadata": {"resourceVersion": str(sent)}}))
         return response
@@ -251,7 +261,7 @@ async def _obey() -> None:
             case "stop":
                 await api.stop()
             case "silence":
-                api.silent = True
+                api.silence()
             case "restart":
                 await api.restart()
             case "put":

@@ -419,7 +419,7 @@ async def test_what_others_stored_while_the_api_server_was_away_is_found_when_it
     if how == "stopped":
         await api.stop()
     if how == "half open":
-        api.silent = True
+        api.silence()
     api.edit(budget='{"gmacs": 1.7}')
     if how in ("restarted", "cut"):
         await api.restart()

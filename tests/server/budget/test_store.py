@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from server.budget.store import FileStore, Policy, StateInUse
+from server.budget.store import FileStore, Held, MemoryStore, Policy, StateInUse, StoreMoved
 from server.errors import StoreUnavailable
 
 
@@ -165,3 +165,24 @@ def test_a_folder_that_is_read_only_is_no_reason_not_to_start(tmp_path: Path, ca
     assert "budgets cannot be stored" in caplog.text
     with pytest.raises(StoreUnavailable):
         store.save(Policy(1, {"gmacs": 1.0}, "cost"))
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+async def test_what_is_no_longer_there_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    store = FileStore(tmp_path / "budget.json") if kind == "file" else MemoryStore()
+    nothing = await store.load()
+    assert nothing == Held(mark=0)
+    first = await store.compare_and_set(Policy(2, {"gmacs": 1.0}, "cost"), nothing)
+    with pytest.raises(StoreMoved):
+        await store.compare_and_set(Policy(2, {"gmacs": 2.0}, "cost"), nothing)
+    assert (await store.load()) == first
+    assert (await store.compare_and_set(Policy(3, {"gmacs": 2.0}, "cost"), first)).version == 3
+    assert [held async for held in store.watch()] == [], "nobody else writes"
+
+
+def test_who_and_when_outlive_the_process_and_make_no_other_policy(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "budget.json")
+    store.save(Policy(2, {"gmacs": 1.0}, "cost", by="10.0.0.1", at="2026-01-01T00:00:00+00:00"))
+    found = again(store).recall()
+    assert found == Policy(2, {"gmacs": 1.0}, "cost")
+    assert (found.by, found.at) == ("10.0.0.1", "2026-01-01T00:00:00+00:00")
