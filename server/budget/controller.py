@@ -49,7 +49,7 @@ AIM_BAND = 0.03  # of the mean cost: less is no new aim
 WINDOW = 10_000  # images that `observed` speaks of at most,
 WINDOW_S = 3600.0  # none of them so many seconds older than the traffic of late: what is over is over
 DEFAULT_SLACK = 0.005  # accuracy given up against the knee, where no operator has spoken yet
-TRIES = 5  # of a PUT, where others change the same budget at the same time,
+TRIES = 8  # of a PUT, where others change the same budget at the same time,
 PUT_S = 10.0  # and the time for all of them
 
 

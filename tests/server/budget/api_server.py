@@ -32,6 +32,7 @@ class ApiServer:
         self.revision = 1000
         self.objects: dict[tuple[str, str], Object] = {}
         self.history: list[tuple[int, str, Object]] = []
+        self.written: list[Object] = []  # all that ever was, whatever is forgotten
         self.compacted = 0
         self.tokens: set[str] | None = None  # that are taken; None: any, and none
         self.denied: set[str] = set()  # verbs
@@ -129,6 +130,7 @@ class ApiServer:
         if place is not None:
             self.objects[place] = subject
         self.history.append((self.revision, kind, subject))
+        self.written.append(subject)
         self._wake()
         return subject
 

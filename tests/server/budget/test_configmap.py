@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -14,13 +16,21 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import certifi
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kubernetes.aio.client import ApiClient, ApiException, Configuration, CoreV1Api, V1ConfigMap, V1ObjectMeta
 
-from server.budget.configmap import ConfigMapStore, NoCluster, by_kubeconfig, follow_token, in_cluster
+from server.budget.configmap import (
+    ConfigMapStore,
+    NoCluster,
+    account_namespace,
+    by_kubeconfig,
+    follow_token,
+    in_cluster,
+)
 from server.budget.controller import BudgetController
 from server.budget.fleet import Fleet
 from server.budget.store import Policy, StoreMoved, write_policy
@@ -623,6 +633,26 @@ def test_outside_a_pod_there_is_no_service_account(tmp_path: Path) -> None:
         in_cluster(tmp_path)
 
 
+async def test_in_a_pod_its_service_account_says_where_and_as_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert account_namespace(tmp_path) is None
+    (tmp_path / "namespace").write_text("serving\n")
+    (tmp_path / "token").write_text("one\n")
+    shutil.copy(certifi.where(), tmp_path / "ca.crt")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    assert account_namespace(tmp_path) == "serving"
+    client = await in_cluster(tmp_path)()
+    configuration = client.configuration
+    assert configuration.host == "https://[fd00::1]:443"
+    assert configuration.verify_ssl
+    assert await configuration.get_api_key_with_prefix("BearerToken") == "Bearer one"
+    (tmp_path / "token").write_text("two\n")
+    assert await configuration.get_api_key_with_prefix("BearerToken") == "Bearer two"
+    await client.close()
+
+
 async def test_a_kubeconfig_says_where_the_api_server_is(frontier: Frontier, api: ApiServer, tmp_path: Path) -> None:
     file = tmp_path / "kubeconfig"
     replica = Replica(frontier, api, connect=by_kubeconfig(file))
@@ -675,13 +705,16 @@ async def a_fleet(frontier: Frontier, count: int) -> AsyncIterator[tuple[ApiServ
 
 
 GMACS = st.floats(0.5, 2.0).map(lambda number: round(number, 3))
+EVENTS = ["restart", "stop", "start", "silence", "speak", "compact", "lose", "keep", "empty"]
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.integers(0, 2), GMACS, st.booleans()),
         st.tuples(st.just("race"), GMACS, GMACS),
         st.tuples(st.just("edit"), GMACS),
         st.tuples(st.just("nonsense"), st.sampled_from(["", "{", '{"gmacs": "x"}'])),
-        st.tuples(st.sampled_from(["restart", "stop", "start", "compact", "lose", "keep", "empty"])),
+        st.tuples(
+            st.sampled_from(["restart", "stop", "start", "silence", "speak", "compact", "lose", "keep", "empty"])
+        ),
     ),
     max_size=12,
 )
@@ -706,7 +739,7 @@ async def live(frontier: Frontier, steps: list[tuple[Any, ...]]) -> None:
             except (StoreUnavailable, StoreConflict, VersionMismatch):
                 return
             assert state.version not in promised
-            assert not conditional or state.version > before
+            assert not conditional or state.version == before + 1
             promised[state.version] = gmacs
 
         for step in steps:
@@ -725,6 +758,10 @@ async def live(frontier: Frontier, steps: list[tuple[Any, ...]]) -> None:
                     await api.stop()
                 case ("start",):
                     await api.start()
+                case ("silence",):
+                    api.silence()
+                case ("speak",):
+                    api.silent = False
                 case ("compact",):
                     api.compact()
                 case ("lose",):
@@ -733,15 +770,29 @@ async def live(frontier: Frontier, steps: list[tuple[Any, ...]]) -> None:
                     api.lose_answers = ""
                 case ("empty",):
                     api.write(None)
-        api.lose_answers = ""
+        api.lose_answers, api.silent = "", False
         await api.start()
         api.edit(budget=json.dumps({"gmacs": 1.234}))
         for replica in replicas:
             await replica.until(lambda replica=replica: replica.budget.state().target == {"gmacs": 1.234})
         versions = {replica.version for replica in replicas}
         assert versions == {api.stamp()["version"]}
-        assert all(version <= api.stamp()["version"] for version in promised)
         assert api.budget()["gmacs"] == 1.234
+        stored = stamped(api)
+        for version, gmacs in promised.items():
+            assert stored[version] == gmacs
+            assert version <= api.stamp()["version"]
+
+
+def stamped(api: ApiServer) -> dict[int, float]:
+    """What was ever stored under a version that was meant for it. One version is one budget."""
+    found: dict[int, float] = {}
+    for data in (subject.get("data") or {} for subject in api.written):
+        stamp = json.loads(data.get("stamp", "{}"))
+        if stamp.get("of") == hashlib.sha256(data.get("budget", "").encode()).hexdigest()[:16]:
+            gmacs = json.loads(data["budget"])["gmacs"]
+            assert found.setdefault(stamp["version"], gmacs) == gmacs
+    return found
 
 
 # --- a real API server
