@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.budget.controller import BudgetController, BudgetState, IfMatch, Source, Target
-from server.budget.store import Held, PolicyStore
+from server.budget.store import Held, PolicyStore, Refusal
 from server.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -33,14 +33,6 @@ class Counters(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """What the store holds, and why it is not in force."""
-
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
 class FleetState:
     """`fleet` in the body of GET and PUT /budget."""
 
@@ -52,7 +44,7 @@ class FleetState:
     expires_in_s: float | None  # of this replica's own budget
     synced_s_ago: float | None  # since the store was last heard of; None: never, or it is this server's alone
     error: str | None  # why it cannot be heard of
-    refused: Refused | None
+    refused: Refusal | None  # why what the store holds is not in force
 
 
 class Fleet:
@@ -120,7 +112,6 @@ class Fleet:
 
     def state(self) -> FleetState:
         applied, policy = self._budget.fleet
-        refused = self._budget.refused
         return FleetState(
             store=self._store.name,
             generation=self._budget.generation,
@@ -130,7 +121,7 @@ class Fleet:
             expires_in_s=None if self._expiry is None else round(max(0.0, self._expires_at - self._clock()), 1),
             synced_s_ago=None if self._synced_at is None else round(max(0.0, self._clock() - self._synced_at), 3),
             error=None if self._error is None else self._error.detail,
-            refused=None if refused is None else Refused(refused.reason, refused.detail),
+            refused=self._budget.refused,
         )
 
     async def _follow(self) -> None:

@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections import Counter
+from datetime import datetime
 from typing import Any
 
 from aiohttp import web
@@ -45,6 +46,7 @@ class ApiServer:
         self.asked: Counter[str] = Counter()  # by verb
         self._lost = 0  # times that all connections were
         self._changed = asyncio.Event()
+        self._never = asyncio.Event()
         self._runner: web.AppRunner | None = None
 
     @property
@@ -93,7 +95,15 @@ class ApiServer:
     def write(self, data: Any, name: str = NAME, namespace: str = NAMESPACE) -> Object:
         """Create the ConfigMap, or replace its data."""
         old = self.objects.get((namespace, name))
-        metadata = {"name": name, "namespace": namespace, "uid": "u", "labels": {"app": "dvt"}}
+        metadata = {
+            "name": name,
+            "namespace": namespace,
+            "uid": "u",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+            "labels": {"app": "dvt"},
+            "ownerReferences": [{"apiVersion": "v1", "kind": "Release", "name": "dvt", "uid": "r"}],
+            "managedFields": [{"manager": "kubectl", "operation": "Update", "fieldsV1": {"f:data": {".": {}}}}],
+        }
         subject = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata if old is None else old["metadata"]}
         return self._store(
             {**subject, **({} if data is None else {"data": data})}, "ADDED" if old is None else "MODIFIED"
@@ -146,7 +156,7 @@ class ApiServer:
     async def _let_in(self, request: web.Request, verb: str) -> web.Response | None:
         self.asked[verb] += 1
         if self.silent:
-            await asyncio.Event().wait()
+            await self._never.wait()
         if self.delay_s:
             await asyncio.sleep(self.delay_s)
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -225,11 +235,13 @@ class ApiServer:
             return _status(409, "the object has been modified; please apply your changes to the latest version")
         if any(not isinstance(value, str) for value in (subject.get("data") or {}).values()):
             return _status(400, "json: cannot unmarshal into Go struct field ConfigMap.data of type string")
-        kept = {**old["metadata"], **{key: subject["metadata"].get(key) for key in ("labels", "annotations")}}
+        datetime.fromisoformat(subject["metadata"]["creationTimestamp"])
+        theirs = {key: subject["metadata"].get(key) for key in ("labels", "annotations", "ownerReferences")}
+        kept = {**old["metadata"], **theirs}
         metadata = {key: value for key, value in kept.items() if value is not None}
         now = self._store({**subject, "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}, "MODIFIED")
         if self.lose_answers == "hang":
-            await asyncio.Event().wait()
+            await self._never.wait()
         if self.lose_answers == "cut":
             assert request.transport is not None
             request.transport.abort()
