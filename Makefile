@@ -62,8 +62,8 @@ LOCK := $(VENV)/bin/uv --no-config pip compile --quiet --universal --python-vers
 LOCKS := deploy/requirements
 
 lock: $(DEVELOPMENT) ## deploy/requirements/*.txt anew from pyproject.toml and constraints.txt
-	$(LOCK) --only-binary :all: pyproject.toml --extra cpu -o $(LOCKS)/cpu.txt
-	$(LOCK) --only-binary :all: pyproject.toml --extra cpu --extra gpu-trt \
+	$(LOCK) --only-binary :all: pyproject.toml --extra cpu --extra kubernetes -o $(LOCKS)/cpu.txt
+	$(LOCK) --only-binary :all: pyproject.toml --extra cpu --extra gpu-trt --extra kubernetes \
 		--override $(LOCKS)/without-tensorrt.txt --no-emit-package tensorrt-cu13 -o $(LOCKS)/gpu.txt
 	$(LOCK) --no-deps $(LOCKS)/tensorrt.in -o $(LOCKS)/tensorrt.txt
 	$(LOCK) --only-binary :all: $(LOCKS)/build.in -o $(LOCKS)/build.txt

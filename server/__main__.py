@@ -33,7 +33,13 @@ except KeyboardInterrupt:  # all this takes half a second, in which one may have
 GROUP = "dvt.commands"
 
 # Which extra of the distribution brings a library that is missing.
-EXTRAS = {"onnxruntime": "cpu", "aiohttp": "bench", "cuda": "gpu-torch", "tensorrt": "gpu-trt"}
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "cuda": "gpu-torch",
+    "tensorrt": "gpu-trt",
+    "aiohttp": "bench",
+    "kubernetes": "kubernetes",
+}
 DEFAULT_EXTRA = "export"  # torch, onnx and what belongs to them
 
 

@@ -196,9 +196,9 @@ class Client:
     async def budget(self) -> dict[str, Any]:
         return await self.get("/budget")
 
-    async def set_budget(self, target: dict[str, Any]) -> dict[str, Any]:
-        """`target` is the body of PUT /budget."""
-        return await self._request("PUT", "/budget", json=target)
+    async def set_budget(self, target: dict[str, Any], params: dict[str, Any] | None = None) -> dict[str, Any]:
+        """`target` is the body of PUT /budget, `params` its query."""
+        return await self._request("PUT", "/budget", json=target, params=params or {})
 
     async def preview_budget(self, target: dict[str, Any]) -> dict[str, Any]:
         """What that body would have done to the traffic of late; nothing changes."""

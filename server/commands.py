@@ -126,8 +126,9 @@ def start(settings: Settings, dry_run: bool) -> None:
         log.info("the engine is %s: %s on %s", engine.name, engine.runtime, engine.device)
         if settings.state_dir is None and not dry_run:
             log.info("budgets are kept in memory only, until this process ends: DVT_STATE_DIR names no folder")
-        # A dry run leaves the stored budget to the server that may be running.
-        app = create_app(settings.model_copy(update={"state_dir": None}) if dry_run else settings, loaded, engine)
+        # A dry run leaves the stored budget to the servers that may be running.
+        alone = {"state_dir": None, "policy_store": "file"}
+        app = create_app(settings.model_copy(update=alone) if dry_run else settings, loaded, engine)
         manifest = loaded.manifest
         model = f"{manifest.name} {manifest.version}: {len(manifest.stages)} exits, {len(manifest.labels)} classes"
         if socket is None:
@@ -541,6 +542,18 @@ def budget(
     mix: Annotated[
         bool, typer.Option("--mix", help="Meet gmacs=N exactly: requests are hashed onto two sets of thresholds.")
     ] = False,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fleet|replica",
+            help="fleet: all servers that share a store, for good. replica: the one that answers, for a while.  "
+            "[default: fleet]",
+        ),
+    ] = None,
+    expires: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Of --scope replica: for how long.  [default: 600]"),
+    ] = None,
     preview: Annotated[
         bool, typer.Option("--preview", help="Only tell what TARGET would have done to the traffic of late.")
     ] = False,
@@ -558,6 +571,7 @@ def budget(
       dvt budget accuracy=0.74 --hold quality
       dvt budget latency_ms=25 --quantile 0.99
       dvt budget thresholds=0.9,0.7
+      dvt budget gmacs=0.05 --scope replica --expires 600
 
     Where the server asks for a token, DVT_CONTROL_TOKEN gives it.
     """
@@ -579,18 +593,34 @@ def budget(
     if preview and body is None:
         raise click.UsageError("--preview needs a TARGET")
     try:
-        click.echo(asyncio.run(_budget(url, body, preview, as_json)))
+        click.echo(asyncio.run(_budget(url, body, preview, _scope(scope, expires, body, preview), as_json)))
     except ClientError as error:
         spans = _spans(error.feasible) if isinstance(error, Refused) else ""
         raise click.ClickException(f"{error}{spans and '; feasible: '}{spans}") from None
 
 
-async def _budget(url: str, body: dict[str, Any] | None, preview: bool, as_json: bool) -> str:
+def _scope(scope: str | None, expires: float | None, body: dict[str, Any] | None, preview: bool) -> dict[str, Any]:
+    """The query of PUT /budget. Raises click.UsageError."""
+    if scope is not None and (body is None or preview):
+        raise click.UsageError("--scope goes with a TARGET that is set")
+    if scope not in (None, "fleet", "replica"):
+        raise click.UsageError(f"--scope is fleet or replica, not {scope}")
+    if expires is not None and scope != "replica":
+        raise click.UsageError("--expires goes with --scope replica")
+    if expires is not None and not 0 < expires < math.inf:
+        raise click.UsageError("--expires takes seconds, above 0")
+    return {
+        **({} if scope is None else {"scope": scope}),
+        **({} if expires is None else {"expires_s": f"{Decimal(repr(expires)):f}"}),
+    }
+
+
+async def _budget(url: str, body: dict[str, Any] | None, preview: bool, params: dict[str, Any], as_json: bool) -> str:
     async with Client(url) as client:
         if body is None:
             state = await client.budget()
         else:
-            state = await (client.preview_budget(body) if preview else client.set_budget(body))
+            state = await (client.preview_budget(body) if preview else client.set_budget(body, params))
         try:
             return json.dumps(state) if as_json else (_describe_preview if preview else _describe_budget)(state)
         except (LookupError, TypeError, ValueError, AttributeError):  # it is not what our servers answer
@@ -646,11 +676,27 @@ def _describe_budget(state: dict[str, Any]) -> str:
     if drift["alarm"]:
         lines.append(f"drift       the traffic is not that of the calibration: {', '.join(drift['reasons'])}")
     lines.append(f"feasible    {_spans(feasible)}")
+    lines += _describe_fleet(state.get("fleet") or {})
     if state["pressure"]:
         lines.append(
             f"pressure    {state['pressure']:.0%} of the target's cost is given up, as the server is overloaded"
         )
     return "\n".join(lines)
+
+
+def _describe_fleet(fleet: dict[str, Any]) -> list[str]:
+    """Nothing where a server is alone and all is well; servers of earlier releases say nothing of it."""
+    lines = []
+    if (left := fleet.get("expires_in_s")) is not None:
+        lines.append(f"replica     of this server alone for {left:.0f} s more, then version {fleet['applied']} again")
+    if fleet.get("store") == "configmap":
+        heard = fleet["synced_s_ago"]
+        heard = "never heard of" if heard is None else f"heard of {heard:.0f} s ago"
+        lines.append(f"fleet       version {fleet['generation']} in the ConfigMap, {heard}; here: {fleet['source']}")
+    for trouble in (fleet.get("error"), (fleet.get("refused") or {}).get("detail")):
+        if trouble is not None:
+            lines.append(f"            {trouble}")
+    return lines
 
 
 def _describe_preview(preview: dict[str, Any]) -> str:

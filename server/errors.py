@@ -8,10 +8,11 @@ ServeError
 ├── ForeignHost 403                   ├── EngineFailed 500
 ├── ForeignOrigin 403                 ├── Overloaded 503
 ├── RequestTimeout 408                ├── Draining 503
-├── VersionMismatch 412               ├── StoreUnavailable 503
-├── BodyTooLarge 413                  ├── NotReady 503
-├── ImageTooLarge 413                 ├── DeadlineExceeded 504
-├── TooManyImages 413                 └── HttpVersionNotSupported 505
+├── StoreConflict 409                 ├── StoreUnavailable 503
+├── VersionMismatch 412               ├── NotReady 503
+├── BodyTooLarge 413                  ├── DeadlineExceeded 504
+├── ImageTooLarge 413                 └── HttpVersionNotSupported 505
+├── TooManyImages 413
 ├── UnsupportedMediaType 415
 └── ExpectationFailed 417
 
@@ -21,6 +22,10 @@ ServeError
 from __future__ import annotations
 
 from typing import Any, ClassVar
+
+STORE_REASONS = ("unreachable", "timeout", "denied", "missing", "expired", "other")
+"""Why a store that is somewhere else does not answer, or answers otherwise: nobody is there, or nothing comes; it may
+not be read or written; it is not there; what was watched is too old to go on with; anything else."""
 
 
 class ServeError(Exception):
@@ -68,6 +73,12 @@ class ForeignOrigin(ServeError):
 
 class RequestTimeout(ServeError):
     status, code, title = 408, "request_timeout", "The request did not arrive in time"
+
+
+class StoreConflict(ServeError):
+    """The store is shared with somebody who is in the way."""
+
+    status, code, title = 409, "store_conflict", "The budget could not be stored beside what others store"
 
 
 class VersionMismatch(ServeError):
@@ -131,6 +142,8 @@ class Draining(ServeError):
 
 
 class StoreUnavailable(ServeError):
+    """Raised with reason=... (of STORE_REASONS) where the store is somewhere else."""
+
     status, code, title = 503, "store_unavailable", "The budget could not be stored"
 
 

@@ -27,13 +27,14 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from server.core import ImageResult
-from server.errors import ServeError
+from server.errors import STORE_REASONS, ServeError
 
 if TYPE_CHECKING:
     from server.budget.audit import AuditState
     from server.budget.confidence_sequence import Interval
     from server.budget.controller import BudgetState
     from server.budget.drift import DriftState
+    from server.budget.fleet import FleetState
     from server.bundle.frontier import FrontierRow
     from server.bundle.profile import LiveProfile
 
@@ -42,6 +43,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time be
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 REASONS = ("disconnect", "deadline", "overloaded", "engine_failed", "shutdown")  # of Observer.image_abandoned
+REFUSALS = ("nonsense", "other_model", "unfit")  # of Metrics.policy_refused
+SOURCES = ("store", "last_known", "seed", "default", "replica")  # of the budget in force
 AUDIT_REASONS = ("full", "engine_failed")  # of Metrics.audit_dropped
 CLASSIFY = "/classify"
 CLASSIFY_STATUSES = (200, 500, 503, 504)  # that objectives are about
@@ -161,6 +164,15 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        policy_refused = Counter(
+            "dvt_policy_refused", "Stored budgets that were not taken up, by why.", ["reason"], registry=self.registry
+        )
+        policy_errors = Counter(
+            "dvt_policy_errors",
+            "Times that the store of the fleet's budget could not be followed, by why.",
+            ["reason"],
+            registry=self.registry,
+        )
         ProcessCollector(registry=self.registry)
 
         # Children are looked up once: `labels()` costs more than the increment. It also makes every series exist from
@@ -172,6 +184,8 @@ class Metrics:
         }
         self._abandoned_children = {reason: abandoned.labels(reason) for reason in REASONS}
         self._audits_dropped_children = {reason: audits_dropped.labels(reason) for reason in AUDIT_REASONS}
+        self._policy_refused_children = {reason: policy_refused.labels(reason) for reason in REFUSALS}
+        self._policy_errors_children = {reason: policy_errors.labels(reason) for reason in STORE_REASONS}
         self._stage_children = {
             int(stage): (
                 batch_seconds.labels(stage),
@@ -262,6 +276,16 @@ class Metrics:
         """`reason`: "full" (too many are pending, others stand for them) or "engine_failed"."""
         self._audits_dropped_children[reason].inc(audits)
 
+    # What is told of the fleet's budget
+
+    def policy_refused(self, reason: str) -> None:
+        """`reason`: of REFUSALS."""
+        self._policy_refused_children[reason].inc()
+
+    def policy_error(self, reason: str) -> None:
+        """`reason`: of STORE_REASONS."""
+        self._policy_errors_children[reason].inc()
+
     # What is read when Prometheus asks
 
     def watch(
@@ -277,6 +301,7 @@ class Metrics:
         held_bytes: Callable[[], int],
         budget: Callable[[], BudgetState],
         held_gmacs: Callable[[], float | None],
+        fleet: Callable[[], FleetState],
         ready: Callable[[], bool],
         oldest: Callable[[], Mapping[str, float]],
         stalled: Callable[[], Mapping[str, int]],
@@ -299,6 +324,7 @@ class Metrics:
             "held_bytes": held_bytes,
             "budget": budget,
             "held_gmacs": held_gmacs,
+            "fleet": fleet,
             "ready": ready,
             "oldest": oldest,
             "stalled": stalled,
@@ -339,6 +365,7 @@ class _Live(Collector):
         stages = profile.stages if profile else ()
         outline: Mapping[int, FrontierRow] = now.get("outline", {})
         yield from _of_budget(budget)
+        yield from _of_fleet(now.get("fleet"))
         for name, help_, label, values in (
             (
                 "dvt_frontier_gmacs",
@@ -545,6 +572,25 @@ def _codes(kind: type[ServeError]) -> Iterator[str]:
     for below in kind.__subclasses__():
         yield below.code
         yield from _codes(below)
+
+
+def _of_fleet(fleet: FleetState | None) -> Iterator[Metric]:
+    for name, help_, value in (
+        ("dvt_policy_generation", "Version of what the budget's store holds.", fleet.generation if fleet else None),
+        (
+            "dvt_policy_applied",
+            "Version of the fleet's budget that is in force, or will be after the replica's own.",
+            fleet.applied if fleet else None,
+        ),
+        (
+            "dvt_policy_sync_age_seconds",
+            "Since the shared store of the budget was last heard of.",
+            fleet.synced_s_ago if fleet else None,
+        ),
+    ):
+        yield _gauge(name, help_, value)
+    sources = {source: source == fleet.source for source in SOURCES} if fleet else {}
+    yield _gauges("dvt_policy_source", "1 for where the budget in force comes from.", "source", sources)
 
 
 def _gauge(name: str, help_: str, value: float | None) -> Metric:

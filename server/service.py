@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,15 @@ import orjson
 
 from server import release
 from server.budget.audit import Auditor
+from server.budget.configmap import ConfigMapStore, NoCluster, account_namespace, by_kubeconfig, in_cluster
 from server.budget.control import Machine
 from server.budget.controller import BudgetController, BudgetState
 from server.budget.drift import Drift
+from server.budget.fleet import Fleet
 from server.budget.loops import Brownout
 from server.budget.places import Places
 from server.budget.preview import Previewer
-from server.budget.store import FileStore, MemoryStore, PolicyStore, StateInUse
+from server.budget.store import FileStore, MemoryStore, PolicyStore, StateInUse, read_seed
 from server.bundle.frontier import FrontierRow, with_ms
 from server.bundle.manifest import Bundle
 from server.bundle.profile import LiveProfile
@@ -98,7 +101,15 @@ class Service:
         self.machine = Machine(
             bundle.frontier.rows, self.batch_sizes, self.executors, places=settings.max_queued_images
         )
-        self.budget = BudgetController(bundle.frontier, _store(settings, bundle), machine=self.machine)
+        store = _store(settings, bundle)
+        self.budget = BudgetController(
+            bundle.frontier,
+            store,
+            machine=self.machine,
+            seed=None if settings.policy_seed is None else read_seed(settings.policy_seed),
+            on_refusal=self.metrics.policy_refused,
+        )
+        self.fleet = Fleet(self.budget, store, self.metrics, clock)
         self.previewer = Previewer(bundle.frontier)
         self.scheduler = Scheduler(
             self.budget.point,
@@ -157,6 +168,7 @@ class Service:
             held_bytes=lambda: self.intake.held_bytes,
             budget=self.budget.state,
             held_gmacs=lambda: self.budget.held_gmacs,
+            fleet=self.fleet.state,
             ready=lambda: self.ready,
             oldest=lambda: {
                 threads: max((one.age for one in found), default=0.0) for threads, found in self._by_threads().items()
@@ -269,11 +281,12 @@ class Service:
             found.append(f"{requests} request{'s' * (requests > 1)}")
         return found
 
-    def note_budget(self, state: BudgetState, client: object, request_id: str) -> None:
+    def note_budget(self, state: BudgetState, client: object, request_id: str, expires_s: float | None) -> None:
         """The audit line of a change."""
         log.info(
-            "budget %d: target %s, hold %s, thresholds %s, mix %s, from %s, request %s",
+            "budget %d%s: target %s, hold %s, thresholds %s, mix %s, from %s, request %s",
             state.version,
+            "" if expires_s is None else f", of this server alone for {expires_s:g} s",
             state.target,
             state.hold,
             state.thresholds,
@@ -301,6 +314,7 @@ class Service:
         """Returns when the first request would not be slower than the next, and what batches take is known."""
         self.decoder.start()
         await self.batcher.start()
+        await self.fleet.start()  # before what is measured, as it is half a second's work for the first time
         profile = await asyncio.to_thread(
             profile_at_start,
             self.bundle,
@@ -345,12 +359,16 @@ class Service:
         await self.audit.close()
         await self.decoder.close()
         await self.batcher.close()
+        await self.fleet.stop()
         await self.budget.close()
         self.budget.release()
 
 
 def _store(settings: Settings, bundle: Bundle) -> PolicyStore:
-    """Keyed by the bundle: a budget that was chosen for one model says nothing of another."""
+    """A file is keyed by the bundle's version: a budget that was chosen for one model says nothing of another. The
+    versions of a model that a fleet serves at the same time, as while a new one comes, share their budget."""
+    if settings.policy_store == "configmap":
+        return _configmap(settings, bundle)
     if settings.state_dir is None:
         return MemoryStore()
     try:
@@ -360,6 +378,26 @@ def _store(settings: Settings, bundle: Bundle) -> PolicyStore:
         )
     except StateInUse as error:
         raise SettingsError(f"{error}: give each a DVT_STATE_DIR of its own, or an empty one") from None
+
+
+def _configmap(settings: Settings, bundle: Bundle) -> ConfigMapStore:
+    name, namespace = settings.policy_configmap, settings.policy_namespace or account_namespace()
+    assert name is not None, "the settings see to it"
+    if namespace is None:
+        raise SettingsError("DVT_POLICY_NAMESPACE is needed: there is no service account of a pod that would name it")
+    try:
+        connect = by_kubeconfig(settings.policy_kubeconfig) if settings.policy_kubeconfig else in_cluster()
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"DVT_POLICY_STORE=configmap needs {error.name}: pip install 'dvt-serve[kubernetes]'"
+        ) from None
+    except NoCluster as error:
+        raise SettingsError(f"DVT_POLICY_STORE=configmap: {error}; or set DVT_POLICY_KUBECONFIG") from None
+    model = bundle.manifest.name
+    kept = None
+    if settings.state_dir is not None:
+        kept = settings.state_dir / f"fleet-{namespace}-{name}-{re.sub(r'[^A-Za-z0-9.-]', '_', model)[:80]}.json"
+    return ConfigMapStore(name, namespace, model, connect, kept)
 
 
 def _control_token(file: Path | None) -> ControlToken:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "DVT_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+POLICY_STORES = ("file", "configmap")
 ENGINES = ("auto", "onnx", "tensorrt", "torch-cuda", "onnx-cuda")
 
 
@@ -165,6 +167,21 @@ class Settings(BaseSettings):
         description="Folder, on a local disk, where the budget is kept across restarts; empty: in memory only.",
     )
 
+    # Where the budget is kept
+    policy_store: str = Field(
+        "file",
+        description="Where the budget is kept: `file`, in `DVT_STATE_DIR`, or `configmap`, one of Kubernetes that all "
+        "replicas share (the extra `kubernetes`).",
+    )
+    policy_configmap: str | None = Field(None, description="Name of that ConfigMap.")
+    policy_namespace: str | None = Field(None, description="Its namespace; by default that of the pod.")
+    policy_kubeconfig: Path | None = Field(
+        None, description="A kubeconfig that says where the API server is; by default the pod's service account does."
+    )
+    policy_seed: Path | None = Field(
+        None, description="File with a budget, as the body of `PUT /budget`, that stands until one is set."
+    )
+
     # How much it takes in
     max_queued_images: int = Field(
         512, ge=1, description="Images that may wait, all stages; more are refused with 503."
@@ -253,10 +270,34 @@ class Settings(BaseSettings):
             raise ValueError("every batch size must be at least 1")
         return value
 
-    @field_validator("bundle", "engine_dir", "state_dir", "control_token_file", mode="before")
+    @field_validator(
+        "bundle",
+        "engine_dir",
+        "state_dir",
+        "control_token_file",
+        "policy_configmap",
+        "policy_namespace",
+        "policy_kubeconfig",
+        "policy_seed",
+        mode="before",
+    )
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
+
+    @field_validator("policy_store")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        if value not in POLICY_STORES:
+            raise ValueError(f"must be one of {', '.join(POLICY_STORES)}")
+        return value
+
+    @field_validator("policy_configmap", "policy_namespace")
+    @classmethod
+    def _name_of_kubernetes(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", value):
+            raise ValueError("is no name that Kubernetes gives: a-z, 0-9, '-' and '.'")
+        return value
 
     @field_validator("engine")
     @classmethod
@@ -284,6 +325,8 @@ class Settings(BaseSettings):
             if low > high:
                 names = f"{PREFIX}{smaller.upper()} ({low:g}), {PREFIX}{larger.upper()} ({high:g})"
                 raise ValueError(f"the first of {names} must not be above the second")
+        if self.policy_store == "configmap" and self.policy_configmap is None:
+            raise ValueError("DVT_POLICY_STORE=configmap needs DVT_POLICY_CONFIGMAP, the name of the ConfigMap")
         if not (is_loopback(self.host) or self.control_token_file or self.open_control):
             raise ValueError(
                 f"DVT_HOST={self.host} lets other machines in, and whoever reaches it could change the budget: set "

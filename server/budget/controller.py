@@ -3,6 +3,13 @@
 Owns the operating point. Everything here runs on the event loop. There is no clock: the cost loop counts images, and
 the loops that need one get it with `tick`.
 
+The fleet's budget is what the store holds, one for all replicas that share it, under the version that it has there;
+a server with a store of its own is a fleet of one. What a store is seen to hold comes in from two sides, as the answer
+to what was asked (`look`, `put`) and as what others did (`take`, by whoever watches), and one may overtake the other:
+the later sight counts, whenever it comes. What does not fit is refused, and the last budget that did stays in force. A
+replica may have a budget of its own for a while (`put_here`); it is not stored, and its version is below 0, so that no
+version names two budgets.
+
 What is in force is the cheaper of two: what the target asks for (as the cost loop has moved it), and the ceiling that
 an overload leaves. Thresholds that an operator gave, or holds (`quality`), have no ceiling; the default budget has one.
 Without a profile there is none, and a latency target is refused; one that was stored stands, with the dearest row in
@@ -16,23 +23,25 @@ import contextlib
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
 
 from server.budget.control import Control, Machine
 from server.budget.loops import SHORTEST, CostLoop
-from server.budget.store import Policy, PolicyStore
+from server.budget.store import Held, Policy, PolicyStore, Refusal, StoreMoved
 from server.bundle.frontier import NEVER, Frontier, FrontierRow, Mixture
 from server.core import Answer, Mix, OperatingPoint
-from server.errors import BudgetInfeasible, InvalidRequest, StoreUnavailable, VersionMismatch
+from server.errors import BudgetInfeasible, InvalidRequest, StoreConflict, StoreUnavailable, VersionMismatch
 
 log = logging.getLogger(__name__)
 
 Hold = Literal["cost", "quality"]
 Target = Mapping[str, Any]
+IfMatch = int | Collection[int] | Literal["*"] | None
+Source = Literal["store", "last_known", "seed", "default", "replica"]
 
 TARGETS = ("gmacs", "accuracy", "thresholds", "latency_ms")
 DEFAULT_QUANTILE = 0.99
@@ -40,6 +49,8 @@ AIM_BAND = 0.03  # of the mean cost: less is no new aim
 WINDOW = 10_000  # images that `observed` speaks of at most,
 WINDOW_S = 3600.0  # none of them so many seconds older than the traffic of late: what is over is over
 DEFAULT_SLACK = 0.005  # accuracy given up against the knee, where no operator has spoken yet
+TRIES = 8  # of a PUT, where others change the same budget at the same time,
+PUT_S = 10.0  # and the time for all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +145,18 @@ class Solution:
 
 
 def solve(
-    frontier: Frontier, target: Target, hold: str = "cost", mix: bool = False, machine: Machine | None = None
+    frontier: Frontier,
+    target: Target,
+    hold: str = "cost",
+    mix: bool = False,
+    machine: Machine | None = None,
+    stored: bool = False,
 ) -> Solution:
     """Look a target up. Raises InvalidRequest for what is no target, BudgetInfeasible for one out of reach.
 
     A latency needs a `machine` that knows what batches take. Where it does not know yet, at the start, the best row
-    stands in until the latency loop knows better.
+    stands in until the latency loop knows better. One that is `stored` stands whatever the load is here at the moment:
+    where nothing is that fast the cheapest row is in force, as it is when the load comes later.
     """
     if not isinstance(mix, bool):  # it comes as it was sent
         raise InvalidRequest("mix must be true or false", field="mix")
@@ -152,7 +169,7 @@ def solve(
     if mix and "gmacs" not in target:
         raise InvalidRequest("mix is for gmacs targets only", field="mix")
     if "latency_ms" in target:
-        return _solve_latency(frontier, target, machine)
+        return _solve_latency(frontier, target, machine, stored)
     kept, feasible = cast(Hold, hold), _feasible(frontier, machine)
     if "thresholds" in target:
         given = _thresholds(target["thresholds"], frontier.num_exits)
@@ -179,7 +196,7 @@ def solve(
     return Solution({"accuracy": accuracy}, kept, clamped, Setting.of(row), held, pinned=kept == "quality")
 
 
-def _solve_latency(frontier: Frontier, target: Target, machine: Machine | None) -> Solution:
+def _solve_latency(frontier: Frontier, target: Target, machine: Machine | None, stored: bool) -> Solution:
     latency_ms = _number("latency_ms", target["latency_ms"])
     quantile = _number("quantile", target.get("quantile", DEFAULT_QUANTILE))
     if latency_ms <= 0:
@@ -192,6 +209,8 @@ def _solve_latency(frontier: Frontier, target: Target, machine: Machine | None) 
     chosen = frontier.knee
     if machine.profile is not None:
         row = machine.row_within(latency, quantile)
+        if row is None and stored:
+            row = 0
         if row is None:
             feasible = _feasible(frontier, machine, quantile)
             raise _infeasible(feasible, "the cheapest operating point is not that fast at the present arrival rate")
@@ -231,9 +250,12 @@ class BudgetController:
         store: PolicyStore,
         on_change: Callable[[OperatingPoint], None] | None = None,
         machine: Machine | None = None,
+        seed: Policy | None = None,
+        on_refusal: Callable[[str], None] | None = None,
     ) -> None:
         """Takes up the stored target, solved anew on this frontier; without one, or with one that this frontier cannot
-        serve, the default. Reads the store, and so blocks: make it before the loop is busy."""
+        serve, the seed, else the default. Reads what the store knows without asking anybody, and so blocks: make it
+        before the loop is busy. `on_refusal` is called with the reason of every policy that is not taken up."""
         self._frontier = frontier
         self._store = store
         self._control = Control(machine) if machine is not None else None
@@ -241,10 +263,22 @@ class BudgetController:
         self._now = 0.0  # at the last tick
         self._ceiling: int | None = None  # the dearest row that an overload leaves
         self._callbacks = [on_change] if on_change else []
+        self._on_refusal = on_refusal
         self._syncing: asyncio.Task[None] | None = None
-        self._synced = True
+        self._unsynced: Policy | None = None
         self._loop: CostLoop | None = None
-        version, self._solution = self._first()
+        self._turns = asyncio.Lock()
+        self._held: Held | None = None  # what the store was last seen to hold; None: not seen yet
+        self._to_store: Policy | None = None  # in place of what it holds
+        self._refused: Refusal | None = None
+        self._policy: Policy | None = None  # the fleet's, as the store held it
+        self._source_of_fleet: Source
+        self._own: Solution | None = None  # this replica's, while it has one
+        self._owns = 0  # that it ever had
+        version, self._solution = self._first(seed)
+        self._fleet = version, self._solution
+        self._highest = version  # that ever was
+        self._seen = 0  # sights of the store
         self._adopt(version, self._solution)
 
     @property
@@ -256,24 +290,188 @@ class BudgetController:
         self._callbacks.append(callback)
 
     async def put(
-        self, target: Target, hold: str = "cost", if_match: int | Literal["*"] | None = None, *, mix: bool = False
+        self,
+        target: Target,
+        hold: str = "cost",
+        if_match: IfMatch = None,
+        *,
+        mix: bool = False,
+        by: str = "",
+        at: str = "",
     ) -> BudgetState:
-        """Replace the budget: stored first, then swapped in, in one step. The state after the swap is returned.
+        """Replace the fleet's budget: stored first, then swapped in, in one step. Its state is returned: that after the
+        swap, or where this replica has a budget of its own, what will be in force when that ends.
 
-        Raises InvalidRequest, BudgetInfeasible, VersionMismatch or StoreUnavailable; then nothing has changed.
+        Raises InvalidRequest, BudgetInfeasible, VersionMismatch, StoreConflict or StoreUnavailable; then nothing has
+        changed.
         """
         solution = self.solve(target, hold, mix)
-        version = self._point.version
-        if if_match not in (None, "*", version):
-            raise VersionMismatch(f"the budget is at version {version}, not {if_match}", version=version)
-        # Here and not in a thread: it takes a third of a millisecond, and a thread may wait long for busy cores.
-        self._store.save(Policy(version + 1, solution.target, solution.hold, solution.mix))
-        self._adopt(version + 1, solution)
+        async with self._turn():
+            for _ in range(TRIES):
+                if self._held is None or (not self._is_at(if_match) and self._store.shared):
+                    await self.look()  # it may be that this replica has not heard of it yet
+                held = self._held
+                assert held is not None, "it was looked for"
+                if held.refused is not None and held.refused.reason == "other_model":
+                    raise StoreConflict(held.refused.detail)
+                if not self._is_at(if_match):
+                    raise _mismatch(self.generation, if_match)
+                # Not in a thread: a file takes a third of a millisecond, and a thread may wait long for busy cores.
+                policy = Policy(self._highest + 1, solution.target, solution.hold, solution.mix, by, at)
+                try:
+                    now = await self._store.compare_and_set(policy, held)
+                except StoreMoved:
+                    await self.look()
+                    if not self._stored_already(policy):
+                        continue
+                else:
+                    self.take(now, solution)
+                return self._state_of(policy.version, solution)
+        raise StoreConflict("others change the budget at the same time: it was not stored")
+
+    def _stored_already(self, policy: Policy) -> bool:
+        """The answer to the first try was lost on its way, and the library below has tried again."""
+        found = self._held and self._held.policy
+        return (
+            found == policy and found is not None and bool(policy.by) and (found.by, found.at) == (policy.by, policy.at)
+        )
+
+    def _is_at(self, if_match: IfMatch) -> bool:
+        if if_match is not None and if_match != "*" and self._to_store is not None:
+            return False  # somebody has edited it by hand, which gets a version of its own in a moment
+        return _matches(if_match, self.generation)
+
+    def put_here(
+        self, target: Target, hold: str = "cost", if_match: IfMatch = None, *, mix: bool = False
+    ) -> BudgetState:
+        """A budget of this replica's alone, until `end_here`. Raises as `put`, but for the store."""
+        solution = self.solve(target, hold, mix)
+        if not _matches(if_match, self._point.version):
+            raise _mismatch(self._point.version, if_match)
+        self._owns += 1
+        self._own = solution
+        self._adopt(-self._owns, solution)
         self._tell()
-        self._synced = False
-        if self._syncing is None:
-            self._syncing = asyncio.create_task(self._sync())
         return self.state()
+
+    def end_here(self) -> None:
+        """The fleet's budget is in force again."""
+        if self._own is not None:
+            self._own = None
+            self._adopt(*self._fleet)
+            self._tell()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One PUT at a time, each for a while."""
+        try:
+            async with asyncio.timeout(PUT_S), self._turns:
+                yield
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the store did not answer within {PUT_S:g} s: it is not known whether the budget was stored",
+                reason="timeout",
+            ) from None
+
+    async def look(self) -> None:
+        """Take up what the store holds now. Raises StoreUnavailable."""
+        before = self._seen
+        held = await self._store.load()
+        if self._seen == before:
+            self._forget_order()  # nothing came in between, so this is the truth: it may have gone back
+        self.take(held)
+
+    def _forget_order(self) -> None:
+        if self._held is not None:
+            self._held = replace(self._held, order=0)
+
+    async def mend(self) -> None:
+        """Store what is to be stored in place of what is there, if anything: a budget that somebody wrote by hand,
+        under a version of its own; or the last one, where somebody took it away. Raises StoreUnavailable."""
+        policy, held = self._to_store, self._held
+        if policy is None or held is None:
+            return
+        try:
+            self.take(await self._store.compare_and_set(policy, held))
+            log.warning(
+                "the stored budget was %s: it was stored again, as version %d",
+                "taken away" if held.policy is None else "edited by hand",
+                policy.version,
+            )
+        except StoreMoved:
+            log.debug("another replica was first")  # and what it wrote comes by the watch
+
+    def take(self, held: Held, solution: Solution | None = None) -> None:
+        """The store was seen to hold this; `solution` where it is already known."""
+        if self._held is not None and 0 < held.order <= self._held.order:
+            return  # older than what is known, or the same again
+        again = self._held is not None and (held.refused, held.mark) == (self._held.refused, self._held.mark)
+        self._held, self._to_store = held, None
+        self._seen += 1
+        self._highest = max(self._highest, held.version)
+        if held.refused is not None:
+            self._refuse(held.refused, again)
+            return
+        policy = held.policy
+        if policy is None:
+            self._refused = None
+            if self._policy is not None and self._source_of_fleet == "store":
+                anew = self._policy.version < self._highest
+                self._to_store = self._anew(self._policy) if anew else self._policy
+            return
+        if solution is None:
+            try:
+                solution = solve(self._frontier, policy.target, policy.hold, policy.mix, self._machine, stored=True)
+            except (BudgetInfeasible, InvalidRequest) as error:
+                reason = "nonsense" if isinstance(error, InvalidRequest) and not held.stamped else "unfit"
+                self._refuse(Refusal(reason, f"the stored budget does not fit this bundle: {error.detail}"), again)
+                return
+        self._refused = None
+        if not held.stamped:
+            self._to_store = self._anew(policy)
+            return
+        known, self._policy = self._policy, policy
+        before, self._source_of_fleet = self._source_of_fleet, "store"
+        if before == "store" and known == policy:
+            return
+        self._fleet = policy.version, solution
+        self._keep(policy)
+        if self._own is None:
+            self._adopt(*self._fleet)
+            self._tell()
+
+    def _anew(self, policy: Policy) -> Policy:
+        return replace(policy, version=self._highest + 1)
+
+    def _refuse(self, refusal: Refusal, again: bool) -> None:
+        """The last good budget stays. Told once: every look finds it again."""
+        if again and self._refused is not None:
+            return
+        log.warning("the stored budget is not taken up, version %d stays: %s", self._fleet[0], refusal.detail)
+        self._refused = refusal
+        if self._on_refusal is not None:
+            self._on_refusal(refusal.reason)
+
+    @property
+    def generation(self) -> int:
+        """The version of what the store holds, as far as is known: that of the fleet's budget, as a rule."""
+        return self._fleet[0] if self._held is None or not self._held.version else self._held.version
+
+    @property
+    def source(self) -> Source:
+        """Where the budget in force comes from."""
+        return "replica" if self._own is not None else self._source_of_fleet
+
+    @property
+    def fleet(self) -> tuple[int, Policy | None]:
+        """Version of the fleet's budget that is in force here, or will be once this replica's own has ended, and that
+        budget, where one was ever set."""
+        return self._fleet[0], self._policy
+
+    @property
+    def refused(self) -> Refusal | None:
+        """Why what the store holds is not in force."""
+        return self._refused
 
     def solve(self, target: Target, hold: str = "cost", mix: bool = False) -> Solution:
         """What `put` would put in force. Raises InvalidRequest, BudgetInfeasible."""
@@ -332,6 +530,25 @@ class BudgetController:
             self._ceiling = None
             self._apply()
 
+    def _state_of(self, version: int, solution: Solution) -> BudgetState:
+        """Of a budget that is not in force, as nothing has been observed of it yet; of what is, all that is known."""
+        if version == self._point.version:
+            return self.state()
+        setting = solution.setting
+        return replace(
+            self.state(),
+            version=version,
+            target=dict(solution.target),
+            hold=solution.hold,
+            clamped=solution.clamped,
+            thresholds=setting.thresholds,
+            mix=setting.mix,
+            predicted=setting.predicted,
+            observed=Observed(0, None, None, Quantiles(None, None)),
+            row=None if setting.predicted.gmacs is None else self._row_of(setting),
+            pressure=0.0,
+        )
+
     def state(self) -> BudgetState:
         solution = self._solution
         return BudgetState(
@@ -382,28 +599,47 @@ class BudgetController:
         ceiling, wanted = self._binding(), self._wanted().predicted.gmacs
         return 0.0 if ceiling is None or wanted is None else round(1 - self._gmacs[ceiling] / wanted, 6)
 
-    def _first(self) -> tuple[int, Solution]:
+    def _first(self, seed: Policy | None) -> tuple[int, Solution]:
+        """Of what can be had without asking anybody."""
+        above, instead = 0, "default" if seed is None else "seed"
         try:
-            policy = self._store.load()
+            policy = self._store.recall()
         except StoreUnavailable as error:
-            log.warning("the stored budget is not used, the default is: %s", error.detail)
-            return error.extra.get("version", 0) + 1, default_solution(self._frontier)
-        if policy is None:
-            return 1, default_solution(self._frontier)
-        try:
-            return policy.version, solve(self._frontier, policy.target, policy.hold, policy.mix, self._machine)
-        except (BudgetInfeasible, InvalidRequest) as error:
-            log.warning("the stored budget does not fit this bundle, the default is used: %s", error.detail)
-            # Another target, so another version: an ETag names one budget only.
-            return policy.version + 1, default_solution(self._frontier)
+            log.warning("the stored budget is not used, the %s is: %s", instead, error.detail)
+            above, policy = error.extra.get("version", 0), None
+        if not self._store.shared:  # nobody else writes to it, so this is what it holds
+            self._held = Held(mark=0 if policy is None else policy.version)
+        if policy is not None:
+            try:
+                solution = solve(self._frontier, policy.target, policy.hold, policy.mix, self._machine)
+                self._policy, self._source_of_fleet = policy, "last_known" if self._store.shared else "store"
+                return policy.version, solution
+            except (BudgetInfeasible, InvalidRequest) as error:
+                log.warning("the stored budget does not fit this bundle, the %s is used: %s", instead, error.detail)
+                # Another target, so another version: an ETag names one budget only.
+                above = policy.version
+        if seed is not None:
+            try:
+                solution = solve(self._frontier, seed.target, seed.hold, seed.mix, self._machine)
+                self._source_of_fleet = "seed"
+                return above + 1, solution
+            except (BudgetInfeasible, InvalidRequest) as error:
+                log.warning("the seed does not fit this bundle, the default is used: %s", error.detail)
+        self._source_of_fleet = "default"
+        return above + 1, default_solution(self._frontier)
+
+    def _keep(self, policy: Policy) -> None:
+        """Behind the answer: a disk takes several milliseconds to say that it has something."""
+        self._unsynced = policy
+        if self._syncing is None:
+            self._syncing = asyncio.create_task(self._sync())
 
     async def _sync(self) -> None:
-        """Behind the answer: a disk takes several milliseconds to say that it has something."""
         try:
-            while not self._synced:
-                self._synced = True
+            while (policy := self._unsynced) is not None:
+                self._unsynced = None
                 try:
-                    await asyncio.to_thread(self._store.sync)
+                    await asyncio.to_thread(self._store.sync, policy)
                 except StoreUnavailable as error:  # what was put meanwhile may fare better
                     log.warning("the budget would not outlive a power failure: %s", error.detail)
         finally:
@@ -480,6 +716,17 @@ class _Window:
             tuple(round(float(f), 6) for f in fractions),
             Quantiles(round(float(p50), 3), round(float(p99), 3)),
         )
+
+
+def _matches(if_match: IfMatch, version: int) -> bool:
+    return if_match is None or if_match == "*" or version in ((if_match,) if isinstance(if_match, int) else if_match)
+
+
+def _mismatch(version: int, if_match: IfMatch) -> VersionMismatch:
+    if _matches(if_match, version):
+        return VersionMismatch(f"version {version} of the budget was edited by hand meanwhile", version=version)
+    named = ", ".join(map(str, [if_match] if isinstance(if_match, int) else sorted(if_match or [])[:8]))
+    return VersionMismatch(f"the budget is at version {version}, not {named or 'what If-Match names'}", version=version)
 
 
 def _number(name: str, value: object) -> float:

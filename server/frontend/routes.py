@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qsl
 
@@ -24,10 +25,11 @@ from starlette.types import Receive, Scope, Send
 
 from server import metrics
 from server.budget.controller import TARGETS, BudgetState
+from server.budget.fleet import EXPIRES_S, LONGEST_S
 from server.bundle.manifest import Manifest
 from server.cascade.scheduler import HIGH, LOW, NORMAL, Priority
 from server.core import Answer, ImageResult, Pixels
-from server.errors import InvalidRequest, NotReady, VersionMismatch
+from server.errors import InvalidRequest, NotReady
 from server.frontend.bodies import BodyLimits, read_images, read_json
 from server.frontend.edge import Endpoint, WhileConnected
 from server.frontend.origin import check_origin
@@ -73,14 +75,7 @@ def parse_ask(query: bytes, *, top_k: int, timeout_ms: float, max_timeout_ms: fl
     """Raises InvalidRequest that names the parameter."""
     if not query:
         return Ask(top_k, timeout_ms / 1000)
-    given: dict[str, str] = {}
-    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name not in ("top_k", "timeout_ms", "max_exit", "min_confidence", "priority"):
-            known = "top_k, timeout_ms, max_exit, min_confidence and priority"
-            raise InvalidRequest(f"There is no query parameter {name[:40]!r}; there are {known}", field=name[:40])
-        if name in given:
-            raise InvalidRequest(f"{name} is given twice", field=name)
-        given[name] = value
+    given = _parameters(query, ("top_k", "timeout_ms", "max_exit", "min_confidence", "priority"))
     if "top_k" in given:
         top_k = _whole("top_k", given["top_k"], 1, None)
     if "timeout_ms" in given:
@@ -99,6 +94,18 @@ def parse_ask(query: bytes, *, top_k: int, timeout_ms: float, max_timeout_ms: fl
             raise InvalidRequest(f"priority is one of {', '.join(PRIORITIES)}", field="priority")
         priority = PRIORITIES[given["priority"]]
     return Ask(top_k, timeout_ms / 1000, max_exit, min_confidence, priority)
+
+
+def _parameters(query: bytes, known: Sequence[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name not in known:
+            there = f"{', '.join(known[:-1])} and {known[-1]}"
+            raise InvalidRequest(f"There is no query parameter {name[:40]!r}; there are {there}", field=name[:40])
+        if name in given:
+            raise InvalidRequest(f"{name} is given twice", field=name)
+        given[name] = value
+    return given
 
 
 def _whole(name: str, text: str, low: int, high: int | None) -> int:
@@ -246,12 +253,36 @@ async def put_budget(request: Request) -> Response:
     check_origin(headers)
     service.control_token.check(headers)
     service.check_door()
+    expires_s = parse_scope(request.scope["query_string"])
     target, hold, mix = await _read_target(request)
     service.check_door()  # a body takes its time
-    if_match = _if_match(request.headers.getlist("if-match"), service.budget.point.version)
-    state = await service.budget.put(target, hold, if_match, mix=mix)
-    service.note_budget(state, request.client, request.scope["state"]["request_id"])
+    if_match = _if_match(request.headers.getlist("if-match"))
+    request_id = request.scope["state"]["request_id"]
+    if expires_s is not None:
+        state = service.fleet.put_here(target, hold, if_match, mix=mix, expires_s=expires_s)
+    else:
+        by = f"{request.client.host if request.client else 'somebody'}, request {request_id}"
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        state = await service.budget.put(target, hold, if_match, mix=mix, by=by, at=at)
+    service.note_budget(state, request.client, request_id, expires_s)
     return _budget_response(service, state)
+
+
+def parse_scope(query: bytes) -> float | None:
+    """For how many seconds PUT /budget is to be this replica's alone; None: it is the fleet's, for good. Raises
+    InvalidRequest that names the parameter."""
+    given = _parameters(query, ("scope", "expires_s"))
+    scope = given.get("scope", "fleet")
+    if scope not in ("fleet", "replica"):
+        raise InvalidRequest("scope is one of fleet, replica", field="scope")
+    if scope == "fleet":
+        if "expires_s" in given:
+            raise InvalidRequest("expires_s goes with scope=replica", field="expires_s")
+        return None
+    expires_s = _number("expires_s", given.get("expires_s", f"{EXPIRES_S}"))
+    if not 0 < expires_s <= LONGEST_S:
+        raise InvalidRequest(f"expires_s must be above 0 and at most {LONGEST_S:g}", field="expires_s")
+    return expires_s
 
 
 async def preview_budget(request: Request) -> Response:
@@ -280,31 +311,32 @@ def _target(document: dict[str, Any]) -> tuple[dict[str, Any], str, bool]:
 
 
 _LISTED_TAG = re.compile(r'[ \t]*+(?:(W/)?"([\x21\x23-\x7e\x80-\xff]*+)")?[ \t]*+(?:,|\Z)')  # or nothing between commas
+_VERSION = re.compile(r"0|-?[1-9][0-9]{0,15}")
 
 
-def _if_match(lines: Sequence[str], current: int) -> int | Literal["*"] | None:
+def _if_match(lines: Sequence[str]) -> frozenset[int] | Literal["*"] | None:
     """RFC 9110, 13.1.1: `*`, or a list of entity tags, on any number of lines. Ours is the version in quotes; a weak
-    tag never matches. Raises VersionMismatch, or InvalidRequest for what is no such list: it may be meant to match."""
+    tag never matches. The versions that are named; raises InvalidRequest for what is no such list: it may be meant to
+    match."""
     if not lines:
         return None
     header = ",".join(lines)
     if header.strip(" \t") == "*":
         return "*"
-    at, matches = 0, False
+    at, named = 0, set()
     while at < len(header):
         found = _LISTED_TAG.match(header, at)
         if found is None:
-            raise InvalidRequest(f'If-Match must be * or a list of tags such as "{current}"', field="If-Match")
+            raise InvalidRequest('If-Match must be * or a list of tags such as "7"', field="If-Match")
         at = found.end()
-        matches = matches or (found[1] is None and found[2] == str(current))
-    if not matches:
-        raise VersionMismatch(f"The budget is at version {current}; If-Match names {header[:60]}", version=current)
-    return current
+        if found[1] is None and found[2] is not None and _VERSION.fullmatch(found[2]):
+            named.add(int(found[2]))
+    return frozenset(named)
 
 
 def _budget_response(service: Service, state: BudgetState) -> Response:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}  # orjson knows dataclasses
-    body = {**fields, "audit": service.audit.state(), "drift": service.drift.state()}
+    body = {**fields, "audit": service.audit.state(), "drift": service.drift.state(), "fleet": service.fleet.state()}
     return json_response(body, {"etag": f'"{state.version}"', "cache-control": "no-store"})
 
 

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from server import errors
+from server.budget.fleet import EXPIRES_S, LONGEST_S
 from server.frontend import images
 from server.frontend.edge import PROBLEM
 
@@ -141,6 +142,32 @@ class Drift(_Model):
     reasons: list[Literal["psi", "exit_fractions"]]
 
 
+class Refused(_Model):
+    reason: Literal["nonsense", "other_model", "unfit"]
+    detail: str
+
+
+class Fleet(_Model):
+    """The budget that all replicas share, as this one knows it."""
+
+    store: Literal["file", "memory", "configmap"]
+    generation: int = Field(description="The version of what the store holds.")
+    applied: int = Field(
+        description="The version of the fleet's budget that is in force here, or will be once this replica's own ends."
+    )
+    source: Literal["store", "last_known", "seed", "default", "replica"] = Field(
+        description="Where the budget in force comes from; `last_known`: what was in force before a restart, as the "
+        "store has not been heard of yet; `replica`: it is this replica's own."
+    )
+    set_at: str | None = Field(description="When the fleet's budget was asked for.")
+    expires_in_s: float | None = Field(description="Of this replica's own budget.")
+    synced_s_ago: float | None = Field(
+        description="Since the store was last heard of; null where it never was, and where it is this server's alone."
+    )
+    error: str | None = Field(description="Why the store cannot be followed.")
+    refused: Refused | None = Field(description="Why what the store holds is not in force.")
+
+
 class Feasible(_Model):
     gmacs: list[float] = Field(min_length=2, max_length=2)
     accuracy: list[float] = Field(min_length=2, max_length=2)
@@ -213,7 +240,9 @@ class Mix(_Model):
 
 
 class Budget(_Model):
-    version: int
+    version: int = Field(
+        description="The same on every replica that shares the store; below 0: this replica's own budget."
+    )
     target: Target
     hold: Literal["cost", "quality"]
     clamped: bool = Field(description="The target lies beyond the frontier; its end is in force.")
@@ -228,6 +257,7 @@ class Budget(_Model):
     )
     audit: Audit
     drift: Drift
+    fleet: Fleet
 
 
 class Traffic(_Model):
@@ -469,6 +499,7 @@ PUT_BUDGET: dict[str, Any] = {
             errors.Unauthorized,
             errors.Forbidden,
             errors.RequestTimeout,
+            errors.StoreConflict,
             errors.VersionMismatch,
             errors.BodyTooLarge,
             errors.UnsupportedMediaType,
@@ -479,6 +510,22 @@ PUT_BUDGET: dict[str, Any] = {
     },
     "openapi_extra": {
         "parameters": [
+            _query(
+                "scope",
+                "`fleet`: all replicas that share the store, for good. `replica`: the one that answers, for a while.",
+                type="string",
+                enum=["fleet", "replica"],
+                default="fleet",
+            ),
+            _query(
+                "expires_s",
+                "For how long, with `scope=replica`; then the fleet's budget is in force again.",
+                type="number",
+                minimum=0,
+                exclusiveMinimum=True,
+                maximum=LONGEST_S,
+                default=EXPIRES_S,
+            ),
             {
                 "name": "If-Match",
                 "in": "header",

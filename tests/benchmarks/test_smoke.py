@@ -62,6 +62,12 @@ def test_swaps_fail_no_request_and_mix_no_thresholds(run: Run) -> None:
     assert figures["telling"] > 0, "no image would have told a mixed answer"
 
 
+def test_a_fleet_agrees_again_whatever_its_api_server_does(run: Run) -> None:
+    results = run("fleet", "--watchers", "3", "--puts", "4", "--away", "0.1", "--watch", "1", "--rounds", "1")
+    assert results["broken"] == []
+    assert results["figures"]["watchers"] == 3
+
+
 def test_clients_that_hang_up_leave_nothing_behind(run: Run) -> None:
     results = run("hangups", "--hangups", "20", "--at-once", "4", "--clients", "2", "--alone", "10")
     assert results["broken"] == []

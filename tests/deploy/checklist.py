@@ -35,7 +35,6 @@ NAME = {"app.kubernetes.io/name": "dvt-serve"}
 LEFT_BEHIND_S = 10  # docs/settings.md: what hangs after the drain is left behind by then
 OURS_TO_MAKE = {"Secret": {"dvt-serve-control"}, "PersistentVolumeClaim": {"dvt-serve-bundles"}}  # by who deploys
 BUDGET = "dvt-serve-budget"
-FLEET = {f"DVT_POLICY_{name}" for name in ("STORE", "CONFIGMAP", "NAMESPACE", "KUBECONFIG", "SEED")}
 
 
 def item(check: Check) -> Check:
@@ -277,7 +276,7 @@ def only_a_fleet_has_a_token_and_it_opens_one_object(objects: Sequence[Object]) 
                 yield f"rights on {rule['resources']}"
             if rule.get("resourceNames") != [BUDGET]:
                 yield f"rights on objects called {rule.get('resourceNames', 'anything')}"
-            if set(rule["verbs"]) != {"get", "list", "watch", "update", "patch"}:
+            if set(rule["verbs"]) != {"get", "list", "watch", "update"}:
                 yield f"rights to {rule['verbs']}"
 
 
@@ -421,7 +420,7 @@ def every_setting_is_one_and_can_be_used(objects: Sequence[Object]) -> Iterator[
     for _, pod in pods(objects):
         for container in containers(pod):
             for name in environment(objects, container):
-                if name.removeprefix(PREFIX).lower() not in Settings.model_fields and name not in FLEET:
+                if name.removeprefix(PREFIX).lower() not in Settings.model_fields:
                     yield f"there is no setting {name}"
             try:
                 settings(objects, server(pod))

@@ -16,12 +16,13 @@ from server.budget.audit import AuditState
 from server.budget.confidence_sequence import Interval
 from server.budget.controller import BudgetState, Feasible, Observed, Prediction, Quantiles
 from server.budget.drift import DriftState
+from server.budget.fleet import FleetState
 from server.budget.loops import KAPPA
 from server.budget.sample import Estimate
 from server.bundle.frontier import FrontierRow
 from server.bundle.profile import LatencyProfile, LiveProfile
 from server.core import ImageResult, Mix
-from server.metrics import OUTLINE_STEPS, Metrics, _outline
+from server.metrics import OUTLINE_STEPS, SOURCES, Metrics, _outline
 
 
 @pytest.fixture
@@ -156,6 +157,7 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
             since_start=Estimate(8, 2, 7, 0.25, UNSAID, UNSAID),
         ),
         drift=lambda: DriftState(9000, 0.25, (4.5, -1.0, 0.0), True, ("psi", "exit_fractions")),
+        fleet=lambda: FleetState("configmap", 5, 4, "last_known", None, None, 2.5, "no", None),
     )
     slots = 3
     assert value(metrics, "dvt_arrival_rate") == 12.5
@@ -191,6 +193,11 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
     assert [value(metrics, "dvt_audit_accuracy_gap", bound=b) for b in ("mean", "low", "high")] == [0.01, 0.004, 0.02]
     assert (value(metrics, "dvt_drift_psi"), value(metrics, "dvt_drift_alarm")) == (0.25, 1)
     assert value(metrics, "dvt_drift_z", exit="2") == -1
+    assert (value(metrics, "dvt_policy_generation"), value(metrics, "dvt_policy_applied")) == (5, 4)
+    assert value(metrics, "dvt_policy_sync_age_seconds") == 2.5
+    assert {s: value(metrics, "dvt_policy_source", source=s) for s in SOURCES} == {
+        "store": 0, "last_known": 1, "seed": 0, "default": 0, "replica": 0
+    }  # fmt: skip
 
 
 def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
@@ -213,6 +220,7 @@ def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
         arrival_rate=lambda: 0.0,
         audit=lambda: AuditState(0, 0, 0, None, 0, UNSAID, UNSAID, 0.95, Estimate(0, 0, 0, None, UNSAID, UNSAID)),
         drift=lambda: DriftState(0, None, None, False, ()),
+        fleet=lambda: FleetState("file", 4, 4, "store", None, None, None, None, None),
     )
     with_samples = {family.name for family in metrics.registry.collect() if family.samples}
     assert not with_samples & {

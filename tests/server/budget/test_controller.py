@@ -220,7 +220,7 @@ async def test_of_two_writers_with_the_same_version_one_wins(frontier: Frontier)
 async def test_a_swap_is_told_once_it_is_stored(frontier: Frontier) -> None:
     store = MemoryStore()
     told: list[tuple[OperatingPoint, Policy | None]] = []
-    budget = BudgetController(frontier, store, lambda point: told.append((point, store.load())))
+    budget = BudgetController(frontier, store, lambda point: told.append((point, store.recall())))
     also: list[OperatingPoint] = []
     budget.on_change(also.append)
     state = await budget.put({"gmacs": 1.0})
@@ -262,9 +262,9 @@ class SlowDisk(MemoryStore):
         self.gate = threading.Event()
         self.synced: list[Policy | None] = []
 
-    def sync(self) -> None:
+    def sync(self, policy: Policy) -> None:
         assert self.gate.wait(10)
-        self.synced.append(self.load())
+        self.synced.append(policy)
 
 
 async def test_an_answer_does_not_wait_for_the_disk_and_the_end_does(frontier: Frontier) -> None:
@@ -286,8 +286,8 @@ async def test_a_disk_that_fails_behind_the_answer_is_told_to_the_log(
     frontier: Frontier, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Failing(MemoryStore):
-        def sync(self) -> None:
-            raise StoreUnavailable("no space left on device")
+        def sync(self, policy: Policy) -> None:
+            raise StoreUnavailable(f"no space left on device for version {policy.version}")
 
     budget = BudgetController(frontier, Failing())
     with caplog.at_level(logging.WARNING):
@@ -302,8 +302,8 @@ async def test_a_budget_that_came_while_the_disk_failed_is_synced_all_the_same(f
     class FailingOnce(SlowDisk):
         failed = False
 
-        def sync(self) -> None:
-            super().sync()
+        def sync(self, policy: Policy) -> None:
+            super().sync(policy)
             if not self.failed:
                 self.failed = True
                 raise StoreUnavailable("a cable was loose")
@@ -326,7 +326,7 @@ async def test_once_the_state_is_given_up_nothing_is_stored_nor_changed(frontier
     with pytest.raises(StoreUnavailable, match="given up"):
         await budget.put({"gmacs": 1.0})
     assert budget.state() == before
-    assert FileStore(tmp_path / "budget.json").load() is None
+    assert FileStore(tmp_path / "budget.json").recall() is None
 
 
 async def test_a_mixed_budget_meets_its_cost_exactly_by_two_sets_of_thresholds(frontier: Frontier) -> None:
@@ -396,10 +396,10 @@ async def test_a_mixed_budget_survives_a_restart_and_older_files_mean_no_mix(
     assert BudgetController(frontier, store).state() == mixed
     (tmp_path / "budget.json.new").unlink()
     path.write_text('{"version": 3, "target": {"gmacs": 1.0}, "hold": "cost"}')
-    assert store.load() == Policy(3, {"gmacs": 1.0}, "cost", mix=False)
+    assert store.recall() == Policy(3, {"gmacs": 1.0}, "cost", mix=False)
     path.write_text('{"version": 3, "target": {"gmacs": 1.0}, "hold": "cost", "mix": 1}')
     with pytest.raises(StoreUnavailable, match="does not hold a budget"):
-        store.load()
+        store.recall()
 
 
 async def test_what_the_cost_loop_made_of_a_target_is_not_stored(frontier: Frontier, tmp_path: Path) -> None:
