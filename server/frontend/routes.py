@@ -41,7 +41,7 @@ PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "low": LOW}
 
 
 def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
+    service: Service = request.scope["app"].state.service
     return service
 
 
@@ -134,7 +134,7 @@ async def classify(request: Request) -> Response:
         service.check_queue(ask.priority)
         arrived = clock()
         deadline = arrived + service.answer_time.within(ask.timeout_s, _waited_s(request))
-        async with WhileConnected(request.receive):
+        with WhileConnected(request.scope["state"]):
             pixels = await service.decoder.decode(encoded, deadline, ask.priority)
             decoded = clock()
             answer = await service.batcher.submit(

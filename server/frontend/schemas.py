@@ -14,7 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import errors
 from server.frontend import images
@@ -544,7 +544,13 @@ METRICS: dict[str, Any] = {
 
 
 class App(FastAPI):
-    """A FastAPI whose document is OpenAPI 3.0, the newest that the packaged Swagger UI renders."""
+    """A FastAPI whose document is OpenAPI 3.0, the newest that the packaged Swagger UI renders; and which lets nothing
+    of its own, nor of Starlette's, stand between a request and `outermost`."""
+
+    outermost: ASGIApp
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return self.outermost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Past FastAPI's own, which looks for OpenTelemetry in the environment on every request.
