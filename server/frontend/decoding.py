@@ -1,4 +1,4 @@
-"""The threads that decode images, with a bounded line before them.
+"""The threads that decode images, with a bounded line before them. A single small image is decoded without them.
 
 A pool of our own in place of `concurrent.futures`: work that nobody waits for any more is skipped, work that is late is
 not begun, and an image costs one hand-over and one call back.
@@ -109,6 +109,8 @@ class Decoder:
         the first bad image.
         """
         count = len(encoded)
+        if count == 1 and (quick := self._at_once(encoded[0], deadline)) is not None:
+            return [quick]
         if self._pending + count > self._most * _ROOM[priority]:
             raise Overloaded("Too many images wait to be decoded", retry_after_s=1)
         seconds = deadline - self._clock()
@@ -140,6 +142,19 @@ class Decoder:
         await asyncio.to_thread(self._join)
 
     # In the event loop
+
+    def _at_once(self, file: images.EncodedImage, deadline: float) -> Pixels | None:
+        """An image that takes less time than to hand it over. None for any other. Raises as `decode` does."""
+        try:
+            pixels = images.decode(*file, self._preprocessing, self._limits, only_quick=True)
+        except images.NeedsThreadError:
+            return None
+        except ServeError as error:
+            error.extra["index"] = 0
+            raise
+        if self._clock() >= deadline:
+            raise _late()
+        return pixels
 
     def _give_up(self, waiting: list[_Image]) -> None:
         for image in waiting:

@@ -69,6 +69,8 @@ _PLUGINS: dict[str, type[ImageFile]] = {
 # holds two RGBA canvases beside Pillow's two copies.
 _WEIGHT = {"image/webp": 2.0}
 
+_QUICK_PIXELS = 128 * 128  # before and after: a JPEG that takes less time than it takes to wake a thread for it
+_QUICK_BYTES = 16 * 1024
 _TAKES_TURNS = 4_000_000  # weighted pixels; an image above that, about 32 MB, is decoded alone
 _large_image = Lock()
 
@@ -108,6 +110,10 @@ class NeedsTurnError(Exception):
     """A large image, which was not to wait for its turn."""
 
 
+class NeedsThreadError(Exception):
+    """An image that may take longer than an event loop should."""
+
+
 def decode(
     data: bytes,
     content_type: str | None,
@@ -115,6 +121,7 @@ def decode(
     limits: ImageLimits,
     *,
     wait_for_turn: bool = True,
+    only_quick: bool = False,
 ) -> Pixels:
     """Decode one image file: upright, first frame, short side resized, centre cropped. Blocking; releases the GIL.
 
@@ -125,13 +132,18 @@ def decode(
     Raises UnsupportedMediaType (not one of the five formats, or not the one that `content_type` names),
     ImageTooLarge (more pixels, or a longer shape, than `limits` allow; told from the header), or
     BadImage(reason=...) (everything else: empty, truncated, corrupt, too small). With `wait_for_turn=False` also
-    NeedsTurnError, at once, for an image so large that it takes turns with other large ones.
+    NeedsTurnError, at once, for an image so large that it takes turns with other large ones. With `only_quick`
+    NeedsThreadError, for all but small JPEGs of one scan: those take some tens of microseconds, whatever is in them.
     """
+    if only_quick and (len(data) > _QUICK_BYTES or preprocessing.resize**2 > _QUICK_PIXELS):
+        raise NeedsThreadError
     media_type = _media_type(data, content_type)
     try:
         jpeg = _JpegHeader.read(data) if media_type == "image/jpeg" else None
         width, height = jpeg.size if jpeg is not None else _declared_size(data, media_type)
         _check(width, height, media_type, limits)
+        if only_quick and (jpeg is None or jpeg.several_scans or width * height > _QUICK_PIXELS):
+            raise NeedsThreadError
         shrinks = jpeg is not None and not jpeg.several_scans and min(width, height) >= 4 * preprocessing.resize
         # A JPEG of one scan that is shrunk row by row is never large in memory.
         large = width * height * _WEIGHT.get(media_type, 1.0) > _TAKES_TURNS and not shrinks
@@ -141,7 +153,7 @@ def decode(
             if jpeg is not None and (pixels := _decode_jpeg(data, jpeg, preprocessing)) is not None:
                 return pixels
             return _decode_with_pillow(data, media_type, preprocessing, limits)
-    except (ServeError, NeedsTurnError):
+    except (ServeError, NeedsTurnError, NeedsThreadError):
         raise
     except Image.DecompressionBombError as error:  # a frame larger than the canvas that the header declares
         raise ImageTooLarge(f"The image declares more pixels than allowed: {error}") from error

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qsl
 
-import numpy as np
 import orjson
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
@@ -219,12 +218,10 @@ def shape_result(
 def predictions(result: ImageResult, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:
     """The `top_k` most probable classes, equal ones by class id."""
     probabilities = result.probabilities
-    top_k = min(top_k, len(probabilities))
-    least = np.partition(probabilities, -top_k)[-top_k]  # of a thousand classes only a few are sorted
-    candidates = np.flatnonzero(probabilities >= least)
-    order = candidates[(-probabilities[candidates]).argsort(kind="stable")][:top_k]
-    ranked = zip(order.tolist(), probabilities[order].tolist(), strict=True)
-    return [{"label": labels[id_], "class_id": id_, "probability": round(p, 6)} for id_, p in ranked]
+    order = (-probabilities).argsort(kind="stable")[:top_k].tolist()
+    return [
+        {"label": labels[id_], "class_id": id_, "probability": round(float(probabilities[id_]), 6)} for id_ in order
+    ]
 
 
 # --- the budget ---------------------------------------------------------------------------------------------------
