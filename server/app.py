@@ -7,7 +7,7 @@ benchmarks import this module.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,11 @@ def _past_the_router(app: FastAPI) -> ASGIApp:
     assert isinstance(busiest, ThinRoute)
     path = busiest.path
 
-    async def find(scope: Scope, receive: Receive, send: Send) -> None:
+    def find(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http" and scope["path"] == path and scope["method"] == "POST":
             scope["route"] = busiest
-            await busiest.app(scope, receive, send)
-        else:
-            await app.router(scope, receive, send)
+            return busiest.app(scope, receive, send)
+        return app.router(scope, receive, send)
 
     return find
 

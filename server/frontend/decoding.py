@@ -10,6 +10,7 @@ finishes it for nobody, and counts as taken until it has: so nobody gets more ou
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -93,6 +94,11 @@ class Decoder:
     def out(self) -> dict[str, float]:
         """When each thread that is at something began it, by the thread's name."""
         return self._began.copy()
+
+    @property
+    def oldest(self) -> float:
+        """When the thread that has been at something for the longest began it; inf where all are idle."""
+        return min(self._began.copy().values(), default=math.inf) if self._began else math.inf
 
     def start(self) -> None:
         for thread in self._threads:

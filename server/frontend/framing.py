@@ -28,7 +28,7 @@ _STATUS_LINES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Head:
     """The header of a request."""
 

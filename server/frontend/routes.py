@@ -48,6 +48,14 @@ def json_response(body: object, headers: dict[str, str] | None = None, status: i
     return Response(orjson.dumps(body), status, headers, media_type="application/json")
 
 
+class Document(Response):
+    """JSON as it is, with no look at what else a response can be."""
+
+    def __init__(self, body: bytes) -> None:
+        self.status_code, self.background, self.body = 200, None, body
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+
+
 # --- POST /classify -----------------------------------------------------------------------------------------------
 
 
@@ -149,7 +157,7 @@ async def classify(request: Request) -> Response:
         body = await shape_answer(service.bundle.manifest, service.stage_gmacs, answer, ask.top_k, decode_s, total_s)
     # When the answer is on its way, not before.
     asyncio.get_running_loop().call_soon(_record, service, pixels, answer, decode_s, total_s, answered, ask)
-    return json_response(body)
+    return Document(orjson.dumps(body))
 
 
 def _waited_s(request: Request) -> float:

@@ -6,13 +6,12 @@ the route); tests hold the real answers against them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -549,12 +548,9 @@ class App(FastAPI):
 
     outermost: ASGIApp
 
-    def build_middleware_stack(self) -> ASGIApp:
-        return self.outermost
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Past FastAPI's own, which looks for OpenTelemetry in the environment on every request.
-        await Starlette.__call__(self, scope, receive, send)
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # type: ignore[override]
+        scope["app"] = self
+        return self.outermost(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
