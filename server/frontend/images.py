@@ -307,6 +307,10 @@ def _check(width: int, height: int, media_type: str, limits: ImageLimits) -> Non
         raise _bad(f"too small: {width} x {height}, the least side is {limits.min_side}")
 
 
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # one that is followed by a length, or the end of the image
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn
+
+
 @dataclass(frozen=True, slots=True)
 class _JpegHeader:
     """What has to be known before libjpeg runs, and that simplejpeg does not tell."""
@@ -319,38 +323,32 @@ class _JpegHeader:
     def read(cls, data: bytes) -> _JpegHeader:
         """Walk the segments. Raises BadImage without a frame header, or for more scans than any encoder writes."""
         size, orientation, components, several_scans = None, 1, 0, True
-        scans = 0
-        for number, (marker, segment) in enumerate(_segments(data)):
-            if number > _MAX_SEGMENTS:
-                raise _bad(f"a JPEG of more than {_MAX_SEGMENTS} segments")
-            if marker == 0xE1 and segment.startswith(b"Exif\0\0") and orientation == 1:
-                orientation = _exif_orientation(segment[6:])
-            elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and size is None:  # SOFn
-                height, width, components = struct.unpack_from(">HHB", segment, 1)
+        at, number, scans = 2, 0, 0
+        # The entropy-coded data is skipped: no marker that counts is in it.
+        while (found := _MARKER.search(data, at)) and (marker := data[found.start() + 1]) != 0xD9:
+            at = found.end()
+            length = int.from_bytes(data[at : at + 2])
+            if marker == 0xE1 and orientation == 1:
+                segment = data[at + 2 : at + length]
+                if segment.startswith(b"Exif\0\0"):
+                    orientation = _exif_orientation(segment[6:])
+            elif marker in _FRAMES and size is None:
+                height, width, components = struct.unpack_from(">HHB", data[at + 2 : at + length], 1)
                 size, several_scans = (width, height), marker not in (0xC0, 0xC1)
             elif marker == 0xDA:  # SOS
-                several_scans = several_scans or segment[:1] != bytes([components])
+                several_scans = several_scans or data[at + 2 : at + min(length, 3)] != bytes([components])
                 scans += 1
                 if not several_scans:
                     break
                 if scans > _MAX_SCANS:
                     raise _bad(f"a JPEG of more than {_MAX_SCANS} scans")
+            at += max(length, 2)
+            number += 1
+            if number > _MAX_SEGMENTS:
+                raise _bad(f"a JPEG of more than {_MAX_SEGMENTS} segments")
         if size is None:
             raise _bad("no frame header")
         return cls(size, orientation, several_scans)
-
-
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # one that is followed by a length, or the end of the image
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, content) of each JPEG segment, the entropy-coded data skipped. Stops where there is no next one."""
-    at = 2
-    while (found := _MARKER.search(data, at)) and (marker := data[found.start() + 1]) != 0xD9:
-        at = found.end()
-        length = max(int.from_bytes(data[at : at + 2]), 2)
-        yield marker, data[at + 2 : at + length]
-        at += length
 
 
 def _exif_orientation(tiff: bytes) -> int:
