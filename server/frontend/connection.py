@@ -172,10 +172,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a socket's
         self.transport = transport
         transport.set_write_buffer_limits(_HIGH_WATER)
-        # A wrapper of our own around the transport's: the loop hands out one without options. The family makes no
-        # difference to them; to find it out takes the kernel longer than they do.
-        descriptor = transport.get_extra_info("socket").fileno()
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=descriptor)
+        self._socket = _own_socket(transport)
         self.client = _address(transport.get_extra_info("peername"))
         self.server = _address(transport.get_extra_info("sockname"))
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # uvicorn expects its own classes
@@ -186,7 +183,9 @@ class Connection(asyncio.Protocol):
             self._refuse(Overloaded(f"{self._connections.open} connections are open", retry_after_s=1))
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # it makes no difference why
-        self._socket.detach()  # the transport closes it, and only now
+        if self._socket is not None:
+            self._socket.detach()  # the transport closes it, and only now
+            self._socket = None
         self.resume_writing()
         self.server_state.connections.discard(self)
         if self._counted:
@@ -378,7 +377,8 @@ class Connection(asyncio.Protocol):
 
     def _drop(self) -> None:
         """End it now. What was not sent would stay with the kernel, for minutes: then with a reset."""
-        if self.transport.get_write_buffer_size() or _holds_unsent(self._socket):
+        unsent = self.transport.get_write_buffer_size() or _holds_unsent(self._socket)
+        if unsent and self._socket is not None:
             with suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
@@ -806,19 +806,29 @@ def _address(of: Any) -> tuple[str, int] | None:
     return (str(of[0]), int(of[1])) if isinstance(of, tuple) else None
 
 
-def _has_sent_its_end(own: socket.socket) -> bool:
+def _own_socket(transport: asyncio.Transport) -> socket.socket | None:
+    """A wrapper of our own around the transport's socket: the loop hands out one without options. None where it is
+    closed already."""
+    found = transport.get_extra_info("socket")
+    if found is None or (descriptor := found.fileno()) < 0:
+        return None
+    # The family makes no difference to options; to find it out takes the kernel longer than they do.
+    return socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=descriptor)
+
+
+def _has_sent_its_end(own: socket.socket | None) -> bool:
     """Whether a FIN waits behind what we have not read. Only Linux tells."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or own is None:
         return False
     try:
         return own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
-    except OSError:  # it is closed: nobody knows
+    except OSError:  # nobody knows
         return False
 
 
-def _since_last_byte(own: socket.socket) -> float:
+def _since_last_byte(own: socket.socket | None) -> float:
     """Seconds since the kernel was given the last of the client's bytes; 0 where nobody knows. Only Linux tells."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or own is None:
         return 0.0
     try:
         info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_RECEIVED.stop)
@@ -827,14 +837,14 @@ def _since_last_byte(own: socket.socket) -> float:
     return int.from_bytes(info[_LAST_RECEIVED], sys.byteorder) / 1000
 
 
-def _holds_unsent(own: socket.socket) -> bool:
+def _holds_unsent(own: socket.socket | None) -> bool:
     """Whether the client has not taken what the kernel has for it. Only Linux tells."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or own is None:
         return False
     import fcntl
     import termios
 
     try:
         return fcntl.ioctl(own.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
-    except (OSError, ValueError):  # ValueError: of a descriptor below 0
+    except OSError:
         return False
