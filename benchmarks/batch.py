@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.harness import Options, Report, finish, load_bundle, parse
 from benchmarks.offline import RawLoop, RawRun, know, thresholds_for
-from benchmarks.photos import photos
+from server.bench.photos import photos
 from server.core import ImageResult
 from server.engines import load_engine
 from server.frontend.images import ImageLimits, decode

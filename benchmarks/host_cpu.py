@@ -33,10 +33,11 @@ LOOP: Buckets = (
     ("metrics", r"server/metrics|prometheus_client"),
     ("budget", r"server/budget/"),
     ("batcher", r"server/(cascade/|core)"),
+    ("decoding", r"server/frontend/images|PIL/|simplejpeg"),
     ("decode hand-over", r"server/frontend/decoding"),
     ("reading the body", r"server/frontend/bodies|multipart"),
     ("answer", r"^(shape_answer|predictions|json_response) |orjson|starlette/responses"),
-    ("HTTP protocol", r"server/frontend/(listener|connection)|uvicorn|httptools|h11/"),
+    ("HTTP protocol", r"server/frontend/(listener|connection|framing)|uvicorn"),
     ("route and edge", r"server/(frontend/|service|app)|starlette|fastapi"),
     ("asyncio, uvloop", r"asyncio|uvloop"),
 )

@@ -31,7 +31,7 @@ from signal import SIGTERM
 
 from benchmarks.clients import Line, classify
 from benchmarks.harness import HOST, Options, Report, Server, finish, load_bundle, parse
-from benchmarks.photos import photos
+from server.bench.photos import photos
 
 REPLICAS = 2
 AFTER_FAILURE_S = 0.05  # a client that is refused does not hammer

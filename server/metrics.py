@@ -10,21 +10,29 @@ What has an owner elsewhere (queues, slots, the budget) is read from it when Pro
 from __future__ import annotations
 
 import platform
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from server.core import ImageResult
 from server.errors import STORE_REASONS, ServeError
@@ -63,81 +71,11 @@ class Metrics:
 
     def __init__(self, *, model: str, version: str, release: str, stage_gmacs: Sequence[float]) -> None:
         self.registry = CollectorRegistry()
-        stages = [str(stage) for stage in range(1, len(stage_gmacs) + 1)]
-
-        self._requests = Counter(
-            "dvt_requests",
-            "Requests answered, by route and status; 499: the client hung up. Of those to /classify whose query could"
-            " be read: their priority, and whether they allow less time than an answer is promised in.",
-            ["route", "status", "priority", "hurried"],
-            registry=self.registry,
-        )
-        self._request_seconds = Histogram(
-            "dvt_request_seconds",
-            "From the end of the request's header to the end of the answer.",
-            ["route"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
         self._refused = Counter(
             "dvt_refused", "Requests answered with an error, by its code.", ["code"], registry=self.registry
         )
-        self._answer_seconds = Histogram(
-            "dvt_answer_seconds",
-            "From the last byte of a request to /classify to its answer; only those that were answered.",
-            ["priority"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        images = Counter(
-            "dvt_images",
-            "Images answered, by exit; degraded: a deadline, not a threshold, ended the cascade.",
-            ["exit", "degraded"],
-            registry=self.registry,
-        )
-        self._macs = Counter(
-            "dvt_image_macs", "Multiply-accumulates that the answered images took.", registry=self.registry
-        )
         abandoned = Counter(
             "dvt_images_abandoned", "Images that left without an answer.", ["reason"], registry=self.registry
-        )
-        self._decode_seconds = Histogram(
-            "dvt_decode_seconds",
-            "Decoding of one request's images, the wait for a thread included.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self._queue_seconds = Histogram(
-            "dvt_queue_seconds",
-            "Time for which an answered image waited, all stages.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self._compute_seconds = Histogram(
-            "dvt_compute_seconds",
-            "Wall time of the batches that an answered image took part in.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        batch_seconds = Histogram(
-            "dvt_batch_seconds", "Wall time of one batch.", ["stage"], buckets=SECONDS, registry=self.registry
-        )
-        batches = Counter("dvt_batches", "Batches run.", ["stage"], registry=self.registry)
-        batch_images = Counter("dvt_batch_images", "Images in the batches run.", ["stage"], registry=self.registry)
-        engine_seconds = Counter(
-            "dvt_engine_seconds", "Wall time spent in the engine.", ["stage"], registry=self.registry
-        )
-        waited = Counter(
-            "dvt_waited_seconds",
-            "Time for which the images of the batches run had waited for the stage; audits left out.",
-            ["stage"],
-            registry=self.registry,
-        )
-        abandoned_seconds = Counter(
-            "dvt_abandoned_engine_seconds",
-            "The part of dvt_engine_seconds spent on images whose client had left.",
-            ["stage"],
-            registry=self.registry,
         )
         self._audits_chosen = Counter(
             "dvt_audits_chosen", "Requests chosen for an audit, with one image of each.", registry=self.registry
@@ -175,39 +113,15 @@ class Metrics:
         )
         ProcessCollector(registry=self.registry)
 
-        # Children are looked up once: `labels()` costs more than the increment. It also makes every series exist from
-        # the start, so that a rate over it never misses its first event.
-        self._image_children = {
-            (exit_, degraded): images.labels(str(exit_), str(degraded).lower())
-            for exit_ in range(1, len(stages) + 1)
-            for degraded in (False, True)
-        }
+        # Every series exists from the start, so that a rate over it never misses its first event.
         self._abandoned_children = {reason: abandoned.labels(reason) for reason in REASONS}
         self._audits_dropped_children = {reason: audits_dropped.labels(reason) for reason in AUDIT_REASONS}
         self._policy_refused_children = {reason: policy_refused.labels(reason) for reason in REFUSALS}
         self._policy_errors_children = {reason: policy_errors.labels(reason) for reason in STORE_REASONS}
-        self._stage_children = {
-            int(stage): (
-                batch_seconds.labels(stage),
-                batches.labels(stage),
-                batch_images.labels(stage),
-                engine_seconds.labels(stage),
-                abandoned_seconds.labels(stage),
-                waited.labels(stage),
-            )
-            for stage in stages
-        }
-        self._stage_macs = tuple(gmacs * 1e9 for gmacs in stage_gmacs)
-        self._answer_children = {priority: self._answer_seconds.labels(priority) for priority in PRIORITIES}
         for code in _codes(ServeError):
             self._refused.labels(code)
-        self._request_children: dict[tuple[str, int, str, str], Any] = {}
-        for status in CLASSIFY_STATUSES:
-            self._request_child(CLASSIFY, status, "", "")
-            for priority in PRIORITIES:
-                for hurried in ("false", "true"):
-                    self._request_child(CLASSIFY, status, priority, hurried)
-        self._second_children: dict[str, Any] = {}
+        self._busy = _Busy(stage_gmacs)
+        self.registry.register(self._busy)
 
         build = {"model": model, "version": version, "release": release, "python": platform.python_version()}
         self._live = _Live(build)
@@ -218,44 +132,36 @@ class Metrics:
     def request_finished(self, route: str, status: int, seconds: float, priority: str = "", hurried: str = "") -> None:
         """`route`: the path of a route of ours, or "other"; never what the client sent. `priority`: one of PRIORITIES,
         or nothing; `hurried`: "true", "false" or nothing."""
-        self._request_child(route, status, priority, hurried).inc()
-        histogram = self._second_children.get(route)
-        if histogram is None:
-            histogram = self._second_children[route] = self._request_seconds.labels(route)
-        histogram.observe(seconds)
+        busy, key = self._busy, (route, status, priority, hurried)
+        busy.requests[key] = busy.requests.get(key, 0) + 1
+        seconds_of = busy.request_seconds.get(route)
+        if seconds_of is None:
+            seconds_of = busy.request_seconds[route] = _Spread()
+        seconds_of.add(seconds)
 
     def request_refused(self, code: str) -> None:
         self._refused.labels(code).inc()
 
-    def _request_child(self, *key: *tuple[str, int, str, str]) -> Any:
-        child = self._request_children.get(key)
-        if child is None:
-            child = self._request_children[key] = self._requests.labels(*map(str, key))
-        return child
-
     def answered(self, priority: str, seconds: float) -> None:
-        self._answer_children[priority].observe(seconds)
+        self._busy.answers[priority].add(seconds)
 
     def decoded(self, seconds: float) -> None:
-        self._decode_seconds.observe(seconds)
+        self._busy.decode.add(seconds)
 
     # What the batcher tells (core.Observer)
 
     def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int, waited_s: float) -> None:
-        histogram, batches, images, engine, lost, waited = self._stage_children[stage]
-        histogram.observe(seconds)
-        batches.inc()
-        images.inc(size)
-        engine.inc(seconds)
-        waited.inc(waited_s)
-        if abandoned:
-            lost.inc(seconds * abandoned / size)
+        of = self._busy.stages[stage - 1]
+        of.seconds.add(seconds)
+        of.images += size
+        of.abandoned_s += seconds * abandoned / size
+        of.waited_s += waited_s
 
     def image_finished(self, result: ImageResult) -> None:
-        self._image_children[result.exit, result.degraded].inc()
-        self._macs.inc(self._stage_macs[result.exit - 1])
-        self._queue_seconds.observe(result.queue_s)
-        self._compute_seconds.observe(result.compute_s)
+        busy = self._busy
+        busy.images[result.exit, result.degraded] += 1
+        busy.queue.add(result.queue_s)
+        busy.compute.add(result.compute_s)
 
     def image_abandoned(self, reason: str) -> None:
         self._abandoned_children[reason].inc()
@@ -338,6 +244,124 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition format, to be sent as CONTENT_TYPE."""
         return generate_latest(self.registry)
+
+
+class _Spread:
+    """Seconds, by the buckets of SECONDS."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECONDS) + 1)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+
+class _OfStage:
+    __slots__ = ("abandoned_s", "images", "seconds", "waited_s")
+
+    def __init__(self) -> None:
+        self.seconds = _Spread()  # of its batches
+        self.images = 0
+        self.abandoned_s = self.waited_s = 0.0
+
+
+class _Busy(Collector):
+    """What is counted for every request, as plain numbers: the library's counters take locks, for half a dozen of them
+    a tenth of all that the event loop does for a request. Written and read on the event loop."""
+
+    def __init__(self, stage_gmacs: Sequence[float]) -> None:
+        self._stage_macs = tuple(gmacs * 1e9 for gmacs in stage_gmacs)
+        self.requests: dict[tuple[str, int, str, str], int] = {}  # by route, status, priority, and whether in a hurry
+        for status in CLASSIFY_STATUSES:
+            for asked in (("", ""), *product(PRIORITIES, ("false", "true"))):
+                self.requests[CLASSIFY, status, *asked] = 0
+        self.request_seconds: dict[str, _Spread] = {}
+        exits = range(1, len(stage_gmacs) + 1)
+        self.images = dict.fromkeys([(exit_, degraded) for exit_ in exits for degraded in (False, True)], 0)
+        self.answers = {priority: _Spread() for priority in PRIORITIES}
+        self.decode, self.queue, self.compute = _Spread(), _Spread(), _Spread()
+        self.stages = [_OfStage() for _ in exits]
+
+    def describe(self) -> list[Metric]:
+        return list(self.collect())
+
+    def collect(self) -> Iterator[Metric]:
+        macs = sum(count * self._stage_macs[exit_ - 1] for (exit_, _), count in self.images.items())
+        stages = [((str(stage),), of) for stage, of in enumerate(self.stages, start=1)]
+        yield _counts(
+            "dvt_requests",
+            "Requests answered, by route and status; 499: the client hung up. Of those to /classify whose query could"
+            " be read: their priority, and whether they allow less time than an answer is promised in.",
+            ("route", "status", "priority", "hurried"),
+            [((route, str(status), *asked), count) for (route, status, *asked), count in self.requests.items()],
+        )
+        yield _spreads(
+            "dvt_request_seconds",
+            "From the end of the request's header to the end of the answer.",
+            ("route",),
+            [((route,), spread) for route, spread in self.request_seconds.items()],
+        )
+        yield _spreads(
+            "dvt_answer_seconds",
+            "From the last byte of a request to /classify to its answer; only those that were answered.",
+            ("priority",),
+            [((priority,), spread) for priority, spread in self.answers.items()],
+        )
+        yield _counts(
+            "dvt_images",
+            "Images answered, by exit; degraded: a deadline, not a threshold, ended the cascade.",
+            ("exit", "degraded"),
+            [((str(exit_), str(degraded).lower()), count) for (exit_, degraded), count in self.images.items()],
+        )
+        yield _counts("dvt_image_macs", "Multiply-accumulates that the answered images took.", (), [((), macs)])
+        for name, help_, spread in (
+            ("dvt_decode_seconds", "Decoding of one request's images, the wait for a thread included.", self.decode),
+            ("dvt_queue_seconds", "Time for which an answered image waited, all stages.", self.queue),
+            ("dvt_compute_seconds", "Wall time of the batches that an answered image took part in.", self.compute),
+        ):
+            yield _spreads(name, help_, (), [((), spread)])
+        yield _spreads(
+            "dvt_batch_seconds", "Wall time of one batch.", ("stage",), [(stage, of.seconds) for stage, of in stages]
+        )
+        for name, help_, values in (
+            ("dvt_batches", "Batches run.", [(stage, sum(of.seconds.counts)) for stage, of in stages]),
+            ("dvt_batch_images", "Images in the batches run.", [(stage, of.images) for stage, of in stages]),
+            ("dvt_engine_seconds", "Wall time spent in the engine.", [(stage, of.seconds.sum) for stage, of in stages]),
+            (
+                "dvt_waited_seconds",
+                "Time for which the images of the batches run had waited for the stage; audits left out.",
+                [(stage, of.waited_s) for stage, of in stages],
+            ),
+            (
+                "dvt_abandoned_engine_seconds",
+                "The part of dvt_engine_seconds spent on images whose client had left.",
+                [(stage, of.abandoned_s) for stage, of in stages],
+            ),
+        ):
+            yield _counts(name, help_, ("stage",), values)
+
+
+def _counts(
+    name: str, help_: str, labels: Sequence[str], values: Sequence[tuple[Sequence[str], float]]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, help_, labels=labels)
+    for key, value in values:
+        family.add_metric(key, value)
+    return family
+
+
+def _spreads(
+    name: str, help_: str, labels: Sequence[str], values: Sequence[tuple[Sequence[str], _Spread]]
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, help_, labels=labels)
+    bounds = [*map(floatToGoString, SECONDS), "+Inf"]
+    for key, spread in values:
+        family.add_metric(key, list(zip(bounds, accumulate(spread.counts), strict=True)), spread.sum)
+    return family
 
 
 class _Live(Collector):

@@ -211,6 +211,8 @@ class Service:
             raise Draining(f"The server is {self.phase.value}", retry_after_s=1)
         # Nothing would come of the wait for a deadline; another replica may answer at once.
         stalled = [one.threads for one in self._stalled()]
+        if not stalled:
+            return
         if stalled.count("executor") >= self.executors or stalled.count("decode") >= self.settings.decode_threads:
             raise Overloaded("The threads that would answer have stalled", retry_after_s=1)
 
@@ -263,6 +265,9 @@ class Service:
         return found
 
     def _stalled(self) -> list[Underway]:
+        begun = min(self.batcher.oldest, self.decoder.oldest)
+        if self.clock() - begun <= self.settings.stall_timeout_s:  # as a rule; asked for every request
+            return []
         return [one for one in self._underway() if one.stalled]
 
     def _by_threads(self) -> dict[str, list[Underway]]:

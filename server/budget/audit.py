@@ -92,14 +92,26 @@ class Auditor:
         self._exits = exits
         self._lots = lots or SystemRandom()
         self._sample: Sample[_Audit] = Sample(MAX_PENDING, version, self._lots)
+        self._skip = self._draw()  # requests that the lot passes by
         self._underway: Kept[_Audit] | None = None  # until it is counted
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
+    def _draw(self) -> float:
+        """How many requests are passed by until the next that is chosen, where each is by itself with the same chance:
+        one lot for all of them, as the system takes its time to draw one."""
+        if not 0 < self._fraction < 1:
+            return math.inf if self._fraction <= 0 else 0
+        return math.log(1 - self._lots.random()) // math.log1p(-self._fraction)
+
     def offer(self, pixels: Sequence[Pixels], answer: Answer) -> None:
         """Audit an answered request, if the lot falls on it."""
-        if self._closed or self._lots.random() >= self._fraction:
+        if self._closed:
             return
+        if self._skip > 0:
+            self._skip -= 1
+            return
+        self._skip = self._draw()
         at = self._lots.randrange(len(pixels))
         result = answer.results[at]
         audit = _Audit(_class_of(result), pixels[at] if result.exit < self._exits else None)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import os
 import queue
 import sys
@@ -123,6 +124,11 @@ class Batcher:
     def out(self) -> list[Batch]:
         """The batches that are in the engine, the oldest first."""
         return list(self._out)
+
+    @property
+    def oldest(self) -> float:
+        """When the oldest batch in the engine began; inf where there is none."""
+        return next((batch.started for batch in self._out), math.inf)
 
     async def submit(
         self,

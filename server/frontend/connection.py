@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection: everything that a client may do to a socket is answered for here, and nowhere else.
 
-`docs/connection.md` lists the promises. h11 parses headers; what it is lenient in, and the framing of bodies, stand in
-`framing`, everything that has to do with a client's manners and with time in this module. The application sees a
-request when its header is there, and the body as it asks for it.
+`docs/connection.md` lists the promises. What bytes must look like stands in `framing`, everything that has to do with a
+client's manners and with time in this module. The application sees a request when its header is there, and the body as
+it asks for it.
 
 Theory of operation
 - A connection does one thing at a time. It waits for a header, or it has an `Exchange`: one request and its answer.
@@ -30,13 +30,12 @@ import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-import h11
 from starlette.types import ASGIApp, Message
 from uvicorn.config import Config
 from uvicorn.server import ServerState
@@ -50,7 +49,7 @@ from server.errors import (
     ServeError,
 )
 from server.frontend.edge import new_request_id, problem
-from server.frontend.framing import Chunked, check_lines, head_of
+from server.frontend.framing import Chunked, Head, check_lines, head_of
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +172,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a socket's
         self.transport = transport
         transport.set_write_buffer_limits(_HIGH_WATER)
+        self._socket = _own_socket(transport)
         self.client = _address(transport.get_extra_info("peername"))
         self.server = _address(transport.get_extra_info("sockname"))
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # uvicorn expects its own classes
@@ -183,6 +183,9 @@ class Connection(asyncio.Protocol):
             self._refuse(Overloaded(f"{self._connections.open} connections are open", retry_after_s=1))
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # it makes no difference why
+        if self._socket is not None:
+            self._socket.detach()  # the transport closes it, and only now
+            self._socket = None
         self.resume_writing()
         self.server_state.connections.discard(self)
         if self._counted:
@@ -268,7 +271,7 @@ class Connection(asyncio.Protocol):
                     self._idle = False
                     self._await_header(self.limits.header_timeout_s)
                 return
-            exchange = Exchange.of(self, header)
+            exchange = Exchange(self, Head.of(header))
         except ServeError as error:
             self._refuse(error)
             return
@@ -374,9 +377,10 @@ class Connection(asyncio.Protocol):
 
     def _drop(self) -> None:
         """End it now. What was not sent would stay with the kernel, for minutes: then with a reset."""
-        if self.transport.get_write_buffer_size() or _holds_unsent(self.transport):
-            with suppress(OSError), _own_socket(self.transport) as same:
-                same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        unsent = self.transport.get_write_buffer_size() or _holds_unsent(self._socket)
+        if unsent and self._socket is not None:
+            with suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def shutdown(self) -> None:
@@ -396,7 +400,7 @@ class Connection(asyncio.Protocol):
 
     def waited_s(self) -> float:
         """How long what has come was there before we came to it. Who pipelines waits for its turn, which is no part."""
-        return 0.0 if self._pipelines else _since_last_byte(self.transport)
+        return 0.0 if self._pipelines else _since_last_byte(self._socket)
 
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():
@@ -447,7 +451,7 @@ class Connection(asyncio.Protocol):
         elif self._buffer:
             seconds = self.limits.header_timeout_s
             self._refuse(RequestTimeout(f"The header was not complete after {seconds:g} s"))
-        elif _holds_unsent(self.transport):  # the last answer: it would stay with the kernel
+        elif _holds_unsent(self._socket):  # the last answer: it would stay with the kernel
             self._drop()
         else:  # not one byte of a request: there is nothing to answer
             self.close()
@@ -461,7 +465,7 @@ class Connection(asyncio.Protocol):
         self._probe = None
         exchange = self._exchange
         if exchange is not None and exchange.may_be_probed:
-            if self._ended or _has_sent_its_end(self.transport):
+            if self._ended or _has_sent_its_end(self._socket):
                 self.write(_CONTINUE)
             self._probe_later(2 * waited)
 
@@ -477,7 +481,6 @@ class Connection(asyncio.Protocol):
             header = bytes(buffer[: found + 4])
             del buffer[: found + 4]
             self._searched = 0
-            check_lines(header)
             return header
         # What can never become a request is refused now: a TLS handshake, HTTP/0.9, lines that end in a bare LF.
         if buffer and buffer[0] <= 0x20:
@@ -503,36 +506,20 @@ class Connection(asyncio.Protocol):
 class Exchange:
     """One request and its answer, as ASGI has them: `receive` and `send` are the application's."""
 
-    @classmethod
-    def of(cls, connection: Connection, header: bytes) -> Exchange:
-        """Parse a header. Raises BadRequest, ExpectationFailed."""
-        parser = h11.Connection(h11.SERVER, connection.limits.max_header_bytes)
-        parser.receive_data(header)
-        try:
-            request = parser.next_event()
-        except h11.RemoteProtocolError as error:
-            raise BadRequest(f"The header is not valid: {error}") from None
-        assert isinstance(request, h11.Request)
-        return cls(connection, request)
-
-    def __init__(self, connection: Connection, request: h11.Request) -> None:
+    def __init__(self, connection: Connection, head: Head) -> None:
+        """Raises BadRequest, ExpectationFailed."""
         self._connection = connection
-        headers = list(request.headers)
-        given = dict(headers)
-        self._http_10 = request.http_version == b"1.0"
-        if b"transfer-encoding" in given and (b"content-length" in given or self._http_10):
-            raise BadRequest("A body has a Content-Length or, in HTTP/1.1, a Transfer-Encoding; not both")
-        if b"expect" in given and not self._http_10 and given[b"expect"].lower() != b"100-continue":
-            raise ExpectationFailed("Expect: 100-continue is the only expectation that there is")
-        self._scope = _scope_of(request, headers, given.get(b"host", b""), connection)
-        self._head_only = request.method == b"HEAD"
-        options = {
-            option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")
-        }
-        self._keep_alive = not self._http_10 and b"close" not in options
-        self._length = None if b"transfer-encoding" in given else int(given.get(b"content-length", 0))
-        self._framed = Chunked(connection.limits.max_header_bytes) if self._length is None else None
+        given = head.given
+        self._http_10 = head.version == b"1.0"
         self._is_waited_for = b"expect" in given and not self._http_10  # by a client that holds its body back
+        if self._is_waited_for and given[b"expect"].lower() != b"100-continue":
+            raise ExpectationFailed("Expect: 100-continue is the only expectation that there is")
+        self._scope = _scope_of(head, connection)
+        self._scope["state"]["hang_up"] = self.at_hang_up
+        self._head_only = head.method == b"HEAD"
+        self._keep_alive = not self._http_10 and not (b"connection" in given and _says_close(head))
+        self._length = head.length
+        self._framed = Chunked(connection.limits.max_header_bytes) if self._length is None else None
 
         self.in_turn = False  # it began when it was its turn
         self.complete = False  # all of the request has come
@@ -542,6 +529,7 @@ class Exchange:
         self._read_all = False  # the application has
         self._error: ServeError | None = None  # what is wrong with the body
         self._gone = False
+        self._then: Callable[[], object] | None = None  # to be done when the client leaves
         self._news: asyncio.Future[None] | None = None  # `receive` waits for it
         self._timer: asyncio.TimerHandle | None = None  # while the body comes
         self._more: asyncio.Handle | None = None  # events that are left for the loop's next turn
@@ -666,28 +654,36 @@ class Exchange:
             self._more.cancel()
         self._chunks.clear()
         self._tell()
+        if self._then is not None:
+            self._then()
 
     # -- the application's side
 
     def start(self) -> None:
-        task = self._connection.loop.create_task(self._run())
-        self._connection.server_state.tasks.add(task)
-        task.add_done_callback(self._connection.server_state.tasks.discard)
+        scope, self._scope = self._scope, {}  # it knows us: kept, each would keep the other
+        self._task = self._connection.loop.create_task(self._run(scope))
+        self._connection.server_state.tasks.add(self._task)
+
+    def at_hang_up(self, then: Callable[[], object] | None) -> None:
+        """Do this, at once, when the client leaves; None: nothing any more. For who has read the body, and waits for
+        something else."""
+        self._then = then
 
     @property
     def may_be_probed(self) -> bool:
         """Whether an interim answer can be sent now."""
         return not self._began and not self._http_10
 
-    async def _run(self) -> None:
+    async def _run(self, scope: dict[str, Any]) -> None:
         try:
-            await self._connection.app(self._scope, self.receive, self.send)
+            await self._connection.app(scope, self.receive, self.send)
         except Exception:
             if not self._began:  # else the application has logged it
                 log.exception("a request was not answered")
         finally:
             if not self._answered and not self._gone:
                 self._connection.transport.abort()  # half an answer: only a broken connection tells the client so
+            self._connection.server_state.tasks.discard(self._task)
 
     async def receive(self) -> Message:
         """Raises BadRequest, HeaderTooLarge or RequestTimeout for a body that is not valid, or late."""
@@ -767,18 +763,21 @@ class Exchange:
             self._connection.answered(self._keep_alive)
 
 
-def _scope_of(
-    request: h11.Request, headers: list[tuple[bytes, bytes]], host: bytes, connection: Connection
-) -> dict[str, Any]:
+def _says_close(head: Head) -> bool:
+    values = (value for name, value in head.headers if name == b"connection")
+    return any(option.strip(b" \t").lower() == b"close" for value in values for option in value.split(b","))
+
+
+def _scope_of(head: Head, connection: Connection) -> dict[str, Any]:
     """The ASGI scope. Raises BadRequest for a target or a Host that is not valid."""
-    target = request.target
+    target, headers, host = head.target, head.headers, head.given.get(b"host", b"")
     if not target.startswith(b"/"):
         if (absolute := _ABSOLUTE.match(target)) is not None:  # RFC 9112, 3.2.2: its host counts
             host, target = absolute[1], absolute[2]
             headers = [(b"host", host), *((name, value) for name, value in headers if name != b"host")]
             if not target.startswith(b"/"):
                 target = b"/" + target
-        elif target != b"*" or request.method != b"OPTIONS":
+        elif target != b"*" or head.method != b"OPTIONS":
             raise BadRequest("The request target is no path")
     if b"#" in target:
         raise BadRequest("The request target has a fragment")
@@ -789,11 +788,11 @@ def _scope_of(
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": request.http_version.decode("ascii"),
+        "http_version": head.version.decode("ascii"),
         "server": connection.server,
         "client": connection.client,
         "scheme": "http",
-        "method": request.method.decode("ascii"),
+        "method": head.method.decode("ascii"),
         "root_path": "",
         "path": unquote(path) if "%" in path else path,
         "raw_path": raw_path,
@@ -807,52 +806,45 @@ def _address(of: Any) -> tuple[str, int] | None:
     return (str(of[0]), int(of[1])) if isinstance(of, tuple) else None
 
 
-def _has_sent_its_end(transport: asyncio.Transport) -> bool:
+def _own_socket(transport: asyncio.Transport) -> socket.socket | None:
+    """A wrapper of our own around the transport's socket: the loop hands out one without options. None where it is
+    closed already."""
+    found = transport.get_extra_info("socket")
+    if found is None or (descriptor := found.fileno()) < 0:
+        return None
+    # The family makes no difference to options; to find it out takes the kernel longer than they do.
+    return socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=descriptor)
+
+
+def _has_sent_its_end(own: socket.socket | None) -> bool:
     """Whether a FIN waits behind what we have not read. Only Linux tells."""
-    if sys.platform != "linux" or transport.is_closing():
+    if sys.platform != "linux" or own is None:
         return False
     try:
-        with _own_socket(transport) as same:
-            return same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
-    except OSError:  # no descriptor is left: nobody knows
+        return own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
+    except OSError:  # nobody knows
         return False
 
 
-def _since_last_byte(transport: asyncio.Transport) -> float:
+def _since_last_byte(own: socket.socket | None) -> float:
     """Seconds since the kernel was given the last of the client's bytes; 0 where nobody knows. Only Linux tells."""
-    if sys.platform != "linux" or transport.is_closing():
+    if sys.platform != "linux" or own is None:
         return 0.0
     try:
-        with _own_socket(transport) as same:
-            info = same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_RECEIVED.stop)
+        info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_RECEIVED.stop)
     except OSError:
         return 0.0
     return int.from_bytes(info[_LAST_RECEIVED], sys.byteorder) / 1000
 
 
-def _holds_unsent(transport: asyncio.Transport) -> bool:
+def _holds_unsent(own: socket.socket | None) -> bool:
     """Whether the client has not taken what the kernel has for it. Only Linux tells."""
-    if sys.platform != "linux" or transport.is_closing():
+    if sys.platform != "linux" or own is None:
         return False
     import fcntl
     import termios
 
     try:
-        with _own_socket(transport) as same:
-            return fcntl.ioctl(same.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
+        return fcntl.ioctl(own.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
     except OSError:
         return False
-
-
-@contextmanager
-def _own_socket(transport: asyncio.Transport) -> Iterator[socket.socket]:
-    """The transport's, in a wrapper of our own: the loop hands out one without options. Raises OSError."""
-    found = transport.get_extra_info("socket")
-    if found is None or (descriptor := found.fileno()) < 0:  # it is closed
-        raise OSError
-    # The family makes no difference to options; to find it out takes the kernel longer than they do.
-    same = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=descriptor)
-    try:
-        yield same
-    finally:
-        same.detach()  # the transport closes it

@@ -1,4 +1,4 @@
-"""The threads that decode images, with a bounded line before them.
+"""The threads that decode images, with a bounded line before them. A single small image is decoded without them.
 
 A pool of our own in place of `concurrent.futures`: work that nobody waits for any more is skipped, work that is late is
 not begun, and an image costs one hand-over and one call back.
@@ -10,6 +10,7 @@ finishes it for nobody, and counts as taken until it has: so nobody gets more ou
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -94,6 +95,11 @@ class Decoder:
         """When each thread that is at something began it, by the thread's name."""
         return self._began.copy()
 
+    @property
+    def oldest(self) -> float:
+        """When the thread that has been at something for the longest began it; inf where all are idle."""
+        return min(self._began.copy().values(), default=math.inf) if self._began else math.inf
+
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
@@ -109,6 +115,8 @@ class Decoder:
         the first bad image.
         """
         count = len(encoded)
+        if count == 1 and (quick := self._at_once(encoded[0], deadline)) is not None:
+            return [quick]
         if self._pending + count > self._most * _ROOM[priority]:
             raise Overloaded("Too many images wait to be decoded", retry_after_s=1)
         seconds = deadline - self._clock()
@@ -140,6 +148,19 @@ class Decoder:
         await asyncio.to_thread(self._join)
 
     # In the event loop
+
+    def _at_once(self, file: images.EncodedImage, deadline: float) -> Pixels | None:
+        """An image that takes less time than to hand it over. None for any other. Raises as `decode` does."""
+        try:
+            pixels = images.decode(*file, self._preprocessing, self._limits, only_quick=True)
+        except images.NeedsThreadError:
+            return None
+        except ServeError as error:
+            error.extra["index"] = 0
+            raise
+        if self._clock() >= deadline:
+            raise _late()
+        return pixels
 
     def _give_up(self, waiting: list[_Image]) -> None:
         for image in waiting:

@@ -1,6 +1,7 @@
 """The outermost layer of the application: request ids, errors as problem documents, the record of every request.
 
-Pure ASGI, as it runs for every request. Two promises are kept here, whatever happens further in:
+Pure ASGI, as it runs for every request, and the only layer: nothing of Starlette's lies between it and the routes. Two
+promises are kept here, whatever happens further in:
 
 - every answer carries `X-Request-ID`;
 - every error is an `application/problem+json` document (RFC 9457), never a stack trace.
@@ -18,7 +19,6 @@ import re
 import secrets
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
-from types import TracebackType
 from typing import Any
 
 import orjson
@@ -49,7 +49,7 @@ class ClientLeft(Exception):
 
 
 class Edge:
-    """ASGI middleware. While `closing()` says that connections should wind down, answers carry `Connection: close`."""
+    """While `closing()` says that connections should wind down, answers carry `Connection: close`."""
 
     def __init__(
         self,
@@ -87,11 +87,14 @@ class Edge:
 
         try:
             if host not in self._hosts:
-                await problem(foreign_host(host), state)(scope, receive, send_)
-            else:
-                await self._app(scope, receive, send_)
+                raise foreign_host(host)
+            await self._app(scope, receive, send_)
         except ClientLeft:
             status = HUNG_UP
+        except (ServeError, HTTPException) as error:  # HTTPException: Starlette's, 404 and 405
+            if status:  # half an answer is out: only a broken connection tells the client so
+                raise
+            await problem(error, state)(scope, receive, send_)
         except asyncio.CancelledError:
             # Cancelled from outside. When the server ends that is the drain timeout, and still answered.
             if status or not self._closing():
@@ -99,7 +102,7 @@ class Edge:
             await problem(Draining("The server stopped before an answer"), state)(scope, receive, send_)
         except Exception:
             log.exception("request %s failed", request_id)
-            if status:  # half an answer is out: only a broken connection tells the client so
+            if status:
                 raise
             await problem(InternalError("The server failed; see its log under this request id"), state)(
                 scope, receive, send_
@@ -111,12 +114,6 @@ class Edge:
             self._metrics.request_finished(name, status or HUNG_UP, seconds, *state.get("asked", ()))
             if (code := state.get("code")) is not None:
                 self._metrics.request_refused(code)
-
-
-async def answer_error(request: Request, error: Exception) -> Response:
-    """The one exception handler: registered for ServeError and for Starlette's HTTPException (404, 405)."""
-    assert isinstance(error, ServeError | HTTPException)
-    return problem(error, request.scope["state"])
 
 
 def problem(error: ServeError | HTTPException, state: dict[str, Any]) -> Response:
@@ -175,41 +172,31 @@ def _read_headers(scope: Scope) -> tuple[str, str]:
 
 
 class WhileConnected:
-    """`async with WhileConnected(receive): ...` ends the block with ClientLeft, at once, when the client hangs up.
+    """`with WhileConnected(state): ...` ends the block with ClientLeft, at once, when the client hangs up.
 
-    The body must have been read. The block runs in the task of the request, and a second one waits for the hang-up and
-    cancels it: one task a request, where waiting for the first of two would take two.
+    The body must have been read. The connection tells by cancelling the task of the request: no second one watches.
+    Servers other than ours do not tell.
     """
 
-    __slots__ = ("_left", "_receive", "_soon", "_task", "_watch")
+    __slots__ = ("_at_hang_up", "_left", "_task")
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, state: dict[str, Any]) -> None:
+        """`state`: of the request's scope."""
+        self._at_hang_up: Callable[[Callable[[], object] | None], None] = state.get("hang_up", lambda _: None)
         self._left = False
-        self._watch: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> None:
+    def __enter__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        # Not now: by then the block has handed its work to other threads, and nobody waits for the watch to be set up.
-        self._soon = asyncio.get_running_loop().call_soon(self._begin)
+        self._at_hang_up(self._leave)
 
-    def _begin(self) -> None:
-        self._watch = asyncio.get_running_loop().create_task(self._wait())
-
-    async def _wait(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _leave(self) -> None:
         self._left = True
         self._task.cancel()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._soon.cancel()
-        if self._watch is not None:
-            self._watch.cancel()
+    def __exit__(self, *_: object) -> None:
+        self._at_hang_up(None)
         if self._left:
             self._task.uncancel()
             raise ClientLeft from None

@@ -71,6 +71,9 @@ _PLUGINS: dict[str, type[ImageFile]] = {
 # holds two RGBA canvases beside Pillow's two copies.
 _WEIGHT = {"image/webp": 2.0}
 
+_QUICK_PIXELS = 128 * 128  # before and after: a JPEG that takes less time than it takes to wake a thread for it
+_QUICK_BYTES = 16 * 1024
+_QUICK_SEGMENTS = 32  # before the picture: encoders write about ten
 _TAKES_TURNS = 4_000_000  # weighted pixels; an image above that, about 32 MB, is decoded alone
 _large_image = Lock()
 
@@ -110,6 +113,10 @@ class NeedsTurnError(Exception):
     """A large image, which was not to wait for its turn."""
 
 
+class NeedsThreadError(Exception):
+    """An image that may take longer than an event loop should."""
+
+
 def decode(
     data: bytes,
     content_type: str | None,
@@ -117,6 +124,7 @@ def decode(
     limits: ImageLimits,
     *,
     wait_for_turn: bool = True,
+    only_quick: bool = False,
 ) -> Pixels:
     """Decode one image file: upright, first frame, short side resized, centre cropped. Blocking; releases the GIL.
 
@@ -127,13 +135,19 @@ def decode(
     Raises UnsupportedMediaType (not one of the five formats, or not the one that `content_type` names),
     ImageTooLarge (more pixels, or a longer shape, than `limits` allow; told from the header), or
     BadImage(reason=...) (everything else: empty, truncated, corrupt, too small). With `wait_for_turn=False` also
-    NeedsTurnError, at once, for an image so large that it takes turns with other large ones.
+    NeedsTurnError, at once, for an image so large that it takes turns with other large ones. With `only_quick`
+    NeedsThreadError, for all but small JPEGs of one scan that libjpeg-turbo takes: those take some tens of
+    microseconds, a third of a millisecond at most, whatever is in them.
     """
+    if only_quick and (len(data) > _QUICK_BYTES or preprocessing.resize**2 > _QUICK_PIXELS):
+        raise NeedsThreadError
     media_type = _media_type(data, content_type)
     try:
-        jpeg = _JpegHeader.read(data) if media_type == "image/jpeg" else None
+        jpeg = _JpegHeader.read(data, only_quick) if media_type == "image/jpeg" else None
         width, height = jpeg.size if jpeg is not None else _declared_size(data, media_type)
         _check(width, height, media_type, limits)
+        if only_quick and (jpeg is None or jpeg.several_scans or width * height > _QUICK_PIXELS):
+            raise NeedsThreadError
         shrinks = jpeg is not None and not jpeg.several_scans and min(width, height) >= 4 * preprocessing.resize
         # A JPEG of one scan that is shrunk row by row is never large in memory.
         large = width * height * _WEIGHT.get(media_type, 1.0) > _TAKES_TURNS and not shrinks
@@ -142,8 +156,10 @@ def decode(
         with _large_image if large else nullcontext():
             if jpeg is not None and (pixels := _decode_jpeg(data, jpeg, preprocessing)) is not None:
                 return pixels
+            if only_quick:
+                raise NeedsThreadError
             return _decode_with_pillow(data, media_type, preprocessing, limits)
-    except (ServeError, NeedsTurnError):
+    except (ServeError, NeedsTurnError, NeedsThreadError):
         raise
     except Image.DecompressionBombError as error:  # a frame larger than the canvas that the header declares
         raise ImageTooLarge(f"The image declares more pixels than allowed: {error}") from error
@@ -312,6 +328,10 @@ def _check(width: int, height: int, media_type: str, limits: ImageLimits) -> Non
         raise _bad(f"too small: {width} x {height}, the least side is {limits.min_side}")
 
 
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # one that is followed by a length, or the end of the image
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn
+
+
 @dataclass(frozen=True, slots=True)
 class _JpegHeader:
     """What has to be known before libjpeg runs, and that simplejpeg does not tell."""
@@ -321,41 +341,38 @@ class _JpegHeader:
     several_scans: bool  # then libjpeg holds the coefficients of the whole image
 
     @classmethod
-    def read(cls, data: bytes) -> _JpegHeader:
-        """Walk the segments. Raises BadImage without a frame header, or for more scans than any encoder writes."""
+    def read(cls, data: bytes, only_quick: bool = False) -> _JpegHeader:
+        """Walk the segments. Raises BadImage without a frame header, or for more scans than any encoder writes; with
+        `only_quick` NeedsThreadError for more segments than one would expect."""
         size, orientation, components, several_scans = None, 1, 0, True
-        scans = 0
-        for number, (marker, segment) in enumerate(_segments(data)):
-            if number > _MAX_SEGMENTS:
-                raise _bad(f"a JPEG of more than {_MAX_SEGMENTS} segments")
-            if marker == 0xE1 and segment.startswith(b"Exif\0\0") and orientation == 1:
-                orientation = _exif_orientation(segment[6:])
-            elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and size is None:  # SOFn
-                height, width, components = struct.unpack_from(">HHB", segment, 1)
+        at, number, scans = 2, 0, 0
+        # The entropy-coded data is skipped: no marker that counts is in it.
+        while (found := _MARKER.search(data, at)) and (marker := data[found.start() + 1]) != 0xD9:
+            at = found.end()
+            length = int.from_bytes(data[at : at + 2])
+            if marker == 0xE1 and orientation == 1:
+                segment = data[at + 2 : at + length]
+                if segment.startswith(b"Exif\0\0"):
+                    orientation = _exif_orientation(segment[6:])
+            elif marker in _FRAMES and size is None:
+                height, width, components = struct.unpack_from(">HHB", data[at + 2 : at + length], 1)
                 size, several_scans = (width, height), marker not in (0xC0, 0xC1)
             elif marker == 0xDA:  # SOS
-                several_scans = several_scans or segment[:1] != bytes([components])
+                several_scans = several_scans or data[at + 2 : at + min(length, 3)] != bytes([components])
                 scans += 1
                 if not several_scans:
                     break
                 if scans > _MAX_SCANS:
                     raise _bad(f"a JPEG of more than {_MAX_SCANS} scans")
+            at += max(length, 2)
+            number += 1
+            if only_quick and number > _QUICK_SEGMENTS:
+                raise NeedsThreadError
+            if number > _MAX_SEGMENTS:
+                raise _bad(f"a JPEG of more than {_MAX_SEGMENTS} segments")
         if size is None:
             raise _bad("no frame header")
         return cls(size, orientation, several_scans)
-
-
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # one that is followed by a length, or the end of the image
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, content) of each JPEG segment, the entropy-coded data skipped. Stops where there is no next one."""
-    at = 2
-    while (found := _MARKER.search(data, at)) and (marker := data[found.start() + 1]) != 0xD9:
-        at = found.end()
-        length = max(int.from_bytes(data[at : at + 2]), 2)
-        yield marker, data[at + 2 : at + length]
-        at += length
 
 
 def _exif_orientation(tiff: bytes) -> int:

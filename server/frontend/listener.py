@@ -248,6 +248,7 @@ def make_server(
     service: Service = app.state.service
     config = uvicorn.Config(
         app,
+        interface="asgi3",
         loop="uvloop",
         http=functools.partial(Connection, service.connections),  # type: ignore[arg-type]  # called like a class
         ws="none",

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qsl
 
-import numpy as np
 import orjson
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
@@ -44,12 +43,20 @@ _NAMES = {priority: name for name, priority in PRIORITIES.items()}
 
 
 def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
+    service: Service = request.scope["app"].state.service
     return service
 
 
 def json_response(body: object, headers: dict[str, str] | None = None, status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, headers, media_type="application/json")
+
+
+class Document(Response):
+    """JSON as it is, with no look at what else a response can be."""
+
+    def __init__(self, body: bytes) -> None:
+        self.status_code, self.background, self.body = 200, None, body
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
 
 
 # --- POST /classify -----------------------------------------------------------------------------------------------
@@ -144,7 +151,7 @@ async def classify(request: Request) -> Response:
         service.check_queue(ask.priority)
         arrived, waited_s = clock(), _waited_s(request)
         deadline = arrived + service.answer_time.within(ask.timeout_s, waited_s)
-        async with WhileConnected(request.receive):
+        with WhileConnected(request.scope["state"]):
             pixels = await service.decoder.decode(encoded, deadline, ask.priority)
             decoded = clock()
             answer = await service.batcher.submit(
@@ -160,7 +167,7 @@ async def classify(request: Request) -> Response:
         body = await shape_answer(service.bundle.manifest, service.stage_gmacs, answer, ask.top_k, decode_s, total_s)
     # When the answer is on its way, not before.
     asyncio.get_running_loop().call_soon(_record, service, pixels, answer, decode_s, total_s, waited_s, answered, ask)
-    return json_response(body)
+    return Document(orjson.dumps(body))
 
 
 def _waited_s(request: Request) -> float:
@@ -231,12 +238,10 @@ def shape_result(
 def predictions(result: ImageResult, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:
     """The `top_k` most probable classes, equal ones by class id."""
     probabilities = result.probabilities
-    top_k = min(top_k, len(probabilities))
-    least = np.partition(probabilities, -top_k)[-top_k]  # of a thousand classes only a few are sorted
-    candidates = np.flatnonzero(probabilities >= least)
-    order = candidates[(-probabilities[candidates]).argsort(kind="stable")][:top_k]
-    ranked = zip(order.tolist(), probabilities[order].tolist(), strict=True)
-    return [{"label": labels[id_], "class_id": id_, "probability": round(p, 6)} for id_, p in ranked]
+    order = (-probabilities).argsort(kind="stable")[:top_k].tolist()
+    return [
+        {"label": labels[id_], "class_id": id_, "probability": round(float(probabilities[id_]), 6)} for id_ in order
+    ]
 
 
 # --- the budget ---------------------------------------------------------------------------------------------------

@@ -6,15 +6,14 @@ the route); tests hold the real answers against them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import errors
 from server.budget.fleet import EXPIRES_S, LONGEST_S
@@ -590,11 +589,14 @@ METRICS: dict[str, Any] = {
 
 
 class App(FastAPI):
-    """A FastAPI whose document is OpenAPI 3.0, the newest that the packaged Swagger UI renders."""
+    """A FastAPI whose document is OpenAPI 3.0, the newest that the packaged Swagger UI renders; and which lets nothing
+    of its own, nor of Starlette's, stand between a request and `outermost`."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Past FastAPI's own, which looks for OpenTelemetry in the environment on every request.
-        await Starlette.__call__(self, scope, receive, send)
+    outermost: ASGIApp
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # type: ignore[override]
+        scope["app"] = self
+        return self.outermost(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:

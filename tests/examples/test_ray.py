@@ -24,8 +24,8 @@ with warnings.catch_warnings(action="ignore"):  # Ray's own use of its libraries
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    from benchmarks.photos import photos
     from examples.ray_serve.dataset import classify
+    from server.bench.photos import photos
     from server.core import ImageResult
     from server.offline.cascade import Cascade
 

@@ -182,3 +182,55 @@ async def test_ends_and_new_images_cross_without_a_loss(decoder: Decoder) -> Non
     await decoder.decode([(png(8), None)], FAR)
     await decoder.decode([(large, None)], FAR)
     assert decoder.pending == 0
+
+
+def jpeg(side: int, mode: str = "RGB", **how: object) -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, (side, side), 90).save(stream, "JPEG", **how)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("side", [1, 64, 128])
+async def test_a_single_small_jpeg_needs_no_thread(held: Decoder, side: int) -> None:
+    (pixels,) = await asyncio.wait_for(held.decode([(jpeg(side), "image/jpeg")], FAR), timeout=30)
+    assert pixels.shape == (8, 8, 3)
+    assert held.pending == 0
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [jpeg(129)],
+        [jpeg(64, progressive=True)],
+        [png(8)],
+        [jpeg(64) + bytes(20_000)],
+        [jpeg(64)[:2] + b"\xff\xfe\0\2" * 100 + jpeg(64)[2:]],
+        [jpeg(64, "CMYK")],
+        [jpeg(64), jpeg(64)],
+    ],
+    ids=["large", "of several scans", "no JPEG", "long", "of many segments", "not for libjpeg-turbo", "several"],
+)
+async def test_whatever_may_take_longer_goes_to_a_thread(held: Decoder, gate: Gate, files: list[bytes]) -> None:
+    waiting = asyncio.ensure_future(held.decode([(file, None) for file in files], FAR))
+    await asyncio.to_thread(gate.reached.acquire)
+    assert held.pending == len(files)
+    gate.open.set()
+    assert [pixels.shape for pixels in await waiting] == [(8, 8, 3)] * len(files)
+
+
+async def test_a_model_of_large_inputs_has_all_its_images_in_threads() -> None:
+    decoder = Decoder(
+        Preprocessing(129, (129, 129)), images.ImageLimits(), threads=1, max_waiting=0, clock=time.monotonic
+    )  # no thread was started
+    waiting = asyncio.ensure_future(decoder.decode([(jpeg(64), None)], FAR))
+    await asyncio.sleep(0)
+    assert decoder.pending == 1
+    waiting.cancel()
+
+
+async def test_a_small_jpeg_that_is_none_is_named_and_one_that_is_late_is_late(held: Decoder) -> None:
+    with pytest.raises(BadImage) as caught:
+        await held.decode([(jpeg(64)[:-20], "image/jpeg")], FAR)
+    assert caught.value.extra["index"] == 0
+    with pytest.raises(DeadlineExceeded):
+        await held.decode([(jpeg(64), "image/jpeg")], time.monotonic() - 1)

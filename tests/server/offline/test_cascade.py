@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.photos import photos
+from server.bench.photos import photos
 from server.budget.controller import default_solution
 from server.bundle.manifest import EMBEDDED, Bundle
 from server.calibration.every_stage import every_stage
