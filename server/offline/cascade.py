@@ -28,7 +28,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -232,6 +232,7 @@ class _Stream(Generic[Key]):
         )
         self._most_out = batches
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()  # bounded by `_live`
+        self._flying: set[Future[None]] = set()  # what the threads have not handed back
         self._ended = False  # the source
         self._stopped = False
         self._pulled = self._given = self._out = self._decoding = 0
@@ -260,14 +261,17 @@ class _Stream(Generic[Key]):
                 return
 
     def close(self) -> None:
-        """Wait for what runs, and leave no state in the engine. May be called twice."""
+        """Wait for what runs, and leave no state in the engine. May be called twice.
+
+        Ctrl-C can come between any two instructions of `run`, so what is counted there may be off by one here: who
+        waits for a thread asks the thread. The state of a batch that was being taken in right then is left to the
+        engine's end."""
         self._stopped = True
         self._free(self._scheduler.stop(time.monotonic()))
-        while self._decoding or self._out:
+        wait(list(self._flying))
+        while not self._events.empty():
             about, result = self._events.get()
-            if isinstance(about, int):
-                self._decoding -= 1
-            else:
+            if not isinstance(about, int):
                 self._free(self._came_back(about, result))
 
     def _has_room(self) -> bool:
@@ -295,7 +299,7 @@ class _Stream(Generic[Key]):
             image = image.copy()  # its owner may use the memory again, for the next
         elif isinstance(image, bytearray | memoryview):
             image = bytes(image)
-        self._cascade._decoders.submit(self._decode, number, image)
+        self._fly(self._cascade._decoders, self._decode, number, image)
         self._decoding += 1
         return True
 
@@ -303,7 +307,12 @@ class _Stream(Generic[Key]):
         while self._out < self._most_out and (batch := self._scheduler.schedule(time.monotonic())) is not None:
             self._out += 1
             self._running[batch.run.stage - 1] += len(batch.images)
-            self._cascade._executors.submit(self._execute, batch)
+            self._fly(self._cascade._executors, self._execute, batch)
+
+    def _fly(self, pool: ThreadPoolExecutor, work: Callable[..., None], *arguments: object) -> None:
+        future = pool.submit(work, *arguments)
+        self._flying.add(future)
+        future.add_done_callback(self._flying.discard)
 
     def _take_in(self, event: _Event) -> None:
         about, result = event

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from server.engines import load_engine
 from server.engines.fake import FakeEngine
 from server.errors import BadImage, BudgetInfeasible, EngineFailed, InvalidRequest, ServeError
 from server.frontend.images import ImageLimits
+from server.offline import cascade as cascade_module
 from server.offline.cascade import Cascade, to_pixels
 
 HALF = {"thresholds": [0.5, 0.5]}
@@ -276,3 +279,38 @@ def test_few_pictures_wait_to_be_decoded(bundle: Bundle, engine: FakeEngine) -> 
     with Cascade(bundle, engine, HALF, decode_threads=1) as cascade:
         assert len(list(cascade.classify(source()))) == 40
     assert more == [False]
+
+
+def test_an_interrupt_between_any_two_lines_ends_the_stream_and_is_waited_for_by_nobody(bundle: Bundle) -> None:
+    kinds = [SURE, LAST, SECOND] * 4
+
+    def interrupted_at(line: int) -> bool:
+        """Whether there was such a line."""
+        seen = 0
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:  # noqa: ARG001
+            nonlocal seen
+            if frame.f_code.co_filename != cascade_module.__file__:
+                return None
+            if event == "line" and not frame.f_code.co_name.startswith("close"):
+                seen += 1
+                if seen == line:
+                    raise KeyboardInterrupt
+            return trace
+
+        engine = FakeEngine(max_batch_sizes=(4, 2, 2))
+        with Cascade(bundle, engine, HALF, decode_threads=2) as cascade:
+            stream = cascade.classify(enumerate(made(engine, kind) for kind in kinds))
+            sys.settrace(trace)
+            try:
+                list(stream)
+            except KeyboardInterrupt:
+                return True
+            finally:
+                sys.settrace(None)
+            return False
+
+    within = threading.Thread(target=lambda: all(map(interrupted_at, itertools.count(1, 7))), daemon=True)
+    within.start()
+    within.join(60)
+    assert not within.is_alive()
