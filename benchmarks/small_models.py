@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from model.data import Normalize, Sample, eval_loader, scan_image_folder, select
 from model.dvt import DVT
 from model.recipes import Recipe
 from model.train import train
-from server.bundle.frontier import Records
+from server.bundle.frontier import Criterion, Records
 
 
 def trained(images: Path, out: Path, recipe: Recipe) -> DVT:
@@ -40,13 +41,14 @@ def log(model: DVT, recipe: Recipe, train_images: Path, test_images: Path) -> Lo
     _, samples = scan_image_folder(train_images)
     _, test = scan_image_folder(test_images)
     return {
-        "held-out": _run(model, select(train_images, samples, recipe.held_out, "held-out")),
-        "test": _run(model, test),
+        "held-out": run(model, select(train_images, samples, recipe.held_out, "held-out")),
+        "test": run(model, test),
     }
 
 
 @torch.inference_mode()
-def _run(model: DVT, samples: list[Sample]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def run(model: DVT, samples: list[Sample]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits (E, N, K) and labels (N,)."""
     config = model.config
     normalize = Normalize(config.mean, config.std, torch.device("cpu"))
     logits, labels = [], []
@@ -56,17 +58,18 @@ def _run(model: DVT, samples: list[Sample]) -> tuple[NDArray[np.float32], NDArra
     return torch.cat(logits, dim=1).numpy(), torch.cat(labels).numpy()
 
 
-def records(logged: tuple[NDArray[np.float32], NDArray[np.int64]], criterion: str = "confidence") -> Records:
-    """The score by which images leave, larger is surer, from 0 to 1, and what is right.
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
-    `criterion` is confidence, entropy or random.
-    """
+
+def records(logged: tuple[NDArray[np.float32], NDArray[np.int64]], criterion: Criterion = "max_probability") -> Records:
+    """What exported graphs compute as confidence by a criterion, and what is right."""
     logits, labels = logged
     probabilities = torch.from_numpy(logits).double().softmax(dim=-1).numpy()
-    if criterion == "confidence":
+    if criterion == "max_probability":
         score = probabilities.max(axis=-1)
     elif criterion == "entropy":
         score = 1 + (probabilities * np.log(probabilities + 1e-30)).sum(axis=-1) / np.log(probabilities.shape[-1])
     else:
-        score = np.random.default_rng(0).random(logits.shape[:2])
+        second, first = np.moveaxis(np.sort(probabilities, axis=-1)[..., -2:], -1, 0)
+        score = first - second
     return Records(np.clip(score[:-1], 0, 1).astype(np.float32), logits.argmax(axis=-1) == labels)

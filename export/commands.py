@@ -30,8 +30,9 @@ def export(
     criterion: Annotated[
         str,
         typer.Option(
-            metavar="max_probability|entropy",
-            help="What an exit's confidence is: the largest probability, or 1 - entropy / log(classes).",
+            metavar="max_probability|entropy|margin",
+            help="What an exit's confidence is: the largest probability, 1 - entropy / log(classes), or the largest "
+            "probability less the second.",
         ),
     ] = "max_probability",
     precision: Annotated[
@@ -63,8 +64,8 @@ def export(
       dvt export runs/photo10/model.safetensors photo10-fp16 --precision fp16
       dvt export runs/photo10/model.safetensors photo10-int8 --precision int8 --images photo10/train
     """
-    if criterion not in ("max_probability", "entropy"):
-        raise click.UsageError(f"--criterion is max_probability or entropy, not {criterion}")
+    if criterion not in ("max_probability", "entropy", "margin"):
+        raise click.UsageError(f"--criterion is max_probability, entropy or margin, not {criterion}")
     if precision not in ("fp32", "fp16", "bf16", "int8"):
         raise click.UsageError(f"--precision is fp32, fp16, bf16 or int8, not {precision}")
     if precision == "int8" and images is None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.bundle.frontier import FrontierRow, Records, evaluate_thresholds, exits_taken
+from server.bundle.frontier import FrontierRow, Records, evaluate_thresholds
 from server.bundle.manifest import Bundle
 from server.calibration.calibrate import Example, record
 from server.calibration.evaluate import Evaluation, evaluate
@@ -100,12 +100,17 @@ def write_report(
     _plot_curve(bundle, records, evaluation, out / "curve.png")
     _plot_exits(bundle, records, out / "exits.png")
     _plot_calibration(probabilities, labels, calibrations, out / "calibration.png")
-    shown = bundle.frontier.by_gmacs(0.5 * bundle.frontier.stage_gmacs[-1]) or bundle.frontier.knee
-    gallery = _gallery(bundle, records, shown, examples, out)
-    document = {"evaluation": asdict(evaluation), "calibration": [asdict(c) for c in calibrations], "gallery": gallery}
+    gallery = _gallery(bundle, records.correct, probabilities, examples, out)
+    counts = np.bincount(first_right(records.correct), minlength=len(records.correct) + 1).tolist()
+    document = {
+        "evaluation": asdict(evaluation),
+        "calibration": [asdict(c) for c in calibrations],
+        "first_right": {"exits": counts[1:], "none": counts[0]},
+        "gallery": gallery,
+    }
     (out / "report.json").write_text(json.dumps(document, indent=2) + "\n")
     page = out / "index.html"
-    page.write_text(_page(bundle, evaluation, calibrations, shown, gallery), encoding="utf-8")
+    page.write_text(_page(bundle, evaluation, calibrations, counts, gallery), encoding="utf-8")
     return page
 
 
@@ -245,31 +250,38 @@ def _plot_calibration(
 # --- gallery and page -------------------------------------------------------------------------------------------------
 
 
+def first_right(correct: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """correct (E, N) -> (N,) the first exit, from 1, that is right, whatever would leave there; 0: none is."""
+    return np.where(correct.any(axis=0), correct.argmax(axis=0) + 1, 0)
+
+
 def _gallery(
-    bundle: Bundle, records: Records, row: FrontierRow, examples: Sequence[Example], out: Path
+    bundle: Bundle,
+    correct: NDArray[np.bool_],
+    probabilities: list[Probabilities],
+    examples: Sequence[Example],
+    out: Path,
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Per class the surest images that leave first, and the least sure ones that leave last (Figure 9)."""
+    """Per class images that the first exit has right, and such as none before the last has (Figure 9): of the former
+    those of which it is surest, of the latter those that the last exit is surest of."""
     from PIL import Image, ImageOps
 
-    exits = exits_taken(records, row.thresholds) + 1
-    confidence = records.confidence[0] if len(records.confidence) else np.zeros(len(examples))  # a single exit has none
+    first, last = first_right(correct), len(correct)
+    answers = [[bundle.manifest.labels[k] for k in p.argmax(axis=1)] for p in probabilities]
     labels = np.array([label for _, label in examples])
     gallery: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for label in np.unique(labels)[:CLASSES].tolist():
-        mine = np.flatnonzero(labels == label)
-        surest = mine[np.argsort(-confidence[mine], kind="stable")]
-        easy = [i for i in surest.tolist() if exits[i] == 1][:PER_CLASS]
-        hard = [i for i in surest[::-1].tolist() if exits[i] == len(row.thresholds)][:PER_CLASS]
-        shown: dict[str, list[dict[str, Any]]] = {"easy": [], "hard": []}
-        for kind, chosen in (("easy", easy), ("hard", hard)):
-            for index in chosen:
+        shown: dict[str, list[dict[str, Any]]] = {}
+        for kind, exit_ in [("easy", 1)] + [("hard", last)] * (last > 1):
+            mine = np.flatnonzero((labels == label) & (first == exit_))
+            surest = mine[np.argsort(-probabilities[exit_ - 1][mine].max(axis=1), kind="stable")]
+            shown[kind] = []
+            for index in surest[:PER_CLASS].tolist():
                 name = f"{kind}-{label}-{index}.jpg"
                 with Image.open(examples[index][0]) as image:
                     small = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (THUMBNAIL, THUMBNAIL))
                 small.save(out / name, quality=85)
-                exit_ = int(exits[index])
-                right = bool(records.correct[exit_ - 1, index])
-                shown[kind].append({"file": name, "exit": exit_, "right": right})
+                shown[kind].append({"file": name, "answers": [answer[index] for answer in answers]})
         gallery[bundle.manifest.labels[label]] = shown
     return gallery
 
@@ -278,8 +290,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .25rem .8rem; text-align: right; }
 th { border-bottom: 1px solid #999; } td:first-child, th:first-child { text-align: left; }
-img.plot { max-width: 100%; } .images img { width: 5rem; height: 5rem; border: 3px solid #2a7; margin: 2px; }
-.images img.wrong { border-color: #c33; } .images td, .images th { text-align: left; vertical-align: middle; }
+img.plot { max-width: 100%; } .images img { width: 5rem; height: 5rem; margin: 2px; }
+.images td, .images th { text-align: left; vertical-align: middle; }
 """
 
 
@@ -287,7 +299,7 @@ def _page(
     bundle: Bundle,
     evaluation: Evaluation,
     calibrations: Sequence[Calibration],
-    shown: FrontierRow,
+    counts: list[int],
     gallery: dict[str, dict[str, list[dict[str, Any]]]],
 ) -> str:
     name = html.escape(f"{bundle.manifest.name} {bundle.manifest.version}")
@@ -300,7 +312,10 @@ def _page(
         (budget, f"{row.accuracy:.2%}", f"{row.gmacs:.4g}", " ".join(f"{f:.0%}" for f in row.exit_fractions))
         for budget, row in evaluation.points.items()
     ]
-    images = [(html.escape(label), _images(kinds["easy"]), _images(kinds["hard"])) for label, kinds in gallery.items()]
+    images = [(html.escape(label), *map(_images, kinds.values())) for label, kinds in gallery.items()]
+    last = len(calibrations)
+    shown = [f"first right at exit {number}" for number in sorted({1, last})]
+    spread = ", ".join(f"{count} at exit {number}" for number, count in enumerate(counts[1:], start=1))
     origin = "calibration" if bundle.frontier.source == "calibration" else "the imported checkpoint"
     family = evaluation.geometric_area
     compared = "" if family is None else f"; of the geometric family: {family:.4f}"
@@ -320,8 +335,9 @@ column judges each half of the images by the temperature of the other half.</p>
 <img class="plot" src="calibration.png" alt="how often each exit is right, by confidence">
 {_table(("", "top-1", "GMAC so far", "mean confidence", "ECE", "temperature", "ECE with it"), exits)}
 <h2>Easy and hard images</h2>
-<p>At {shown.gmacs:.4g} GMAC: the surest that leave first, the least sure that leave last. Green: right.</p>
-<div class="images">{_table(("class", "easy", "hard"), images)}</div>
+<p>Images by the first exit that has them right, whatever the thresholds: {spread}, {counts[0]} at none. Shown are those
+that it is surest of; under the mouse, the answers of all exits.</p>
+<div class="images">{_table(("class", *shown), images)}</div>
 </body></html>
 """
 
@@ -337,6 +353,7 @@ def _tagged(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[tuple[st
 
 def _images(shown: Sequence[dict[str, Any]]) -> str:
     return "".join(
-        f'<img src="{image["file"]}" class="{"right" if image["right"] else "wrong"}" alt="exit {image["exit"]}">'
+        f'<img src="{image["file"]}" title="{html.escape(answers)}" alt="{html.escape(answers)}">'
         for image in shown
+        for answers in [", then ".join(image["answers"])]
     )

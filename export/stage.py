@@ -65,7 +65,7 @@ class StageGraph(nn.Module):
     """The module that is exported for stage `number` (from 1). Takes its own copy of the weights; without `saving` it
     computes as the model is written.
 
-    Raises ValueError for the entropy of a single class, which says nothing.
+    Raises ValueError for the entropy or margin of a single class, which says nothing.
     """
 
     scale: Tensor
@@ -80,8 +80,8 @@ class StageGraph(nn.Module):
         precision: Precision = "fp32",
     ) -> None:
         super().__init__()
-        if criterion == "entropy" and model.config.num_classes < 2:
-            raise ValueError("the criterion entropy needs at least two classes")
+        if criterion != "max_probability" and model.config.num_classes < 2:
+            raise ValueError(f"the criterion {criterion} needs at least two classes")
         stage = model.stages[number - 1]
         assert isinstance(stage, Stage)
         self.config = model.config
@@ -142,6 +142,9 @@ class StageGraph(nn.Module):
         """logits, probabilities (B, K) -> (B,)"""
         if self.criterion == "max_probability":
             return probabilities.amax(dim=-1)
+        if self.criterion == "margin":
+            first, second = probabilities.topk(2, dim=-1).values.unbind(dim=-1)
+            return first - second
         # By log-softmax, which stays finite where a probability is 0. Rounding may pass either end by a little.
         negentropy = (probabilities * logits.log_softmax(dim=-1)).sum(dim=-1)
         return (1 + negentropy / math.log(self.config.num_classes)).clamp(0, 1)

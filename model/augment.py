@@ -29,6 +29,23 @@ def crop_boxes(width: int, height: int, min_area: float, rng: np.random.Generato
     return np.stack((left, top, left + w, top + h), axis=1)
 
 
+def moves(side: int, padding: float, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+    """By how many pixels, right and down, a padded crop lies from the middle: (count, 2). What an image is padded with
+    on each side is the share `padding` of its own."""
+    most = round(padding * side)
+    return rng.integers(-most, most + 1, (count, 2))
+
+
+def padded_crop(image: Image.Image, size: int, padding: float, rng: np.random.Generator) -> Image.Image:
+    """The middle square of the image, padded, of which a part as large as it was is resized to size x size."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    right, down = moves(side, padding, rng, 1)[0].tolist()
+    moved = Image.new("RGB", (side, side), FILL)
+    moved.paste(image.crop((left, top, left + side, top + side)), (-right, -down))
+    return moved.resize((size, size), Image.Resampling.BICUBIC)
+
+
 def random_resized_crop(image: Image.Image, size: int, min_area: float, rng: np.random.Generator) -> Image.Image:
     """A random part of the image, resized to size x size."""
     left, top, right, bottom = crop_boxes(*image.size, min_area, rng, 1)[0].tolist()

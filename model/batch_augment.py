@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.augment import FILL, OPERATIONS, crop_boxes
+from model.augment import FILL, OPERATIONS, crop_boxes, moves
 
 NAMES = tuple(OPERATIONS)
 SLOTS = 2  # operations of RandAugment that an image may get
@@ -100,10 +100,16 @@ class Draws:
 
 
 def draw(
-    count: int, side: int, min_area: float, magnitude: float, colour: float, rng: np.random.Generator
+    count: int, side: int, min_area: float, magnitude: float, colour: float, rng: np.random.Generator,
+    padding: float = 0.0,
 ) -> Draws:  # fmt: skip
-    """For square images of `side` pixels; RandAugment of `magnitude`, 0: without."""
-    left, top, right, bottom = crop_boxes(side, side, min_area, rng, count).T
+    """For square images of `side` pixels; RandAugment of `magnitude`, 0: without. With `padding` crops are padded ones,
+    in place of resized ones."""
+    if padding:
+        left, top = moves(side, padding, rng, count).T
+        right, bottom = left + side, top + side
+    else:
+        left, top, right, bottom = crop_boxes(side, side, min_area, rng, count).T
     maps = np.zeros((count, 3, 3))
     maps[:, 0, 0], maps[:, 0, 2] = (right - left) / side, (left + right) / side - 1
     maps[:, 1, 1], maps[:, 1, 2] = (bottom - top) / side, (top + bottom) / side - 1

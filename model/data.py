@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from model.augment import jitter, rand_augment, random_resized_crop
+from model.augment import jitter, padded_crop, rand_augment, random_resized_crop
 from model.batch_augment import Augment, draw
 
 IN_MEMORY_BYTES = 8_000_000_000  # of decoded images, at most; twice that while they are decoded
@@ -109,14 +109,15 @@ class EvalImages(Dataset[tuple[Tensor, int]]):
 
 
 class TrainImages(Dataset[tuple[Tensor, int]]):
-    """The training transform: random crop, RandAugment of magnitude `rand_augment`, colour, flip; 0 is without.
-    Set `epoch` before each pass."""
+    """The training transform: random resized crop, or with `padding` a padded one, RandAugment of magnitude
+    `rand_augment`, colour, flip; 0 is without. Set `epoch` before each pass."""
 
     def __init__(
-        self, samples: list[Sample], size: int, min_area: float, colour: float, seed: int, rand_augment: float = 0.0
-    ) -> None:
+        self, samples: list[Sample], size: int, min_area: float, colour: float, seed: int, rand_augment: float = 0.0,
+        padding: float = 0.0,
+    ) -> None:  # fmt: skip
         self.samples, self.size, self.min_area, self.colour, self.seed = samples, size, min_area, colour, seed
-        self.rand_augment = rand_augment
+        self.rand_augment, self.padding = rand_augment, padding
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -126,7 +127,11 @@ class TrainImages(Dataset[tuple[Tensor, int]]):
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, self.epoch, index))
         with Image.open(sample.path) as file:
-            image = random_resized_crop(upright(file), self.size, self.min_area, rng)
+            photo = upright(file)
+        if self.padding:
+            image = padded_crop(photo, self.size, self.padding, rng)
+        else:
+            image = random_resized_crop(photo, self.size, self.min_area, rng)
         if self.rand_augment:
             image = rand_augment(image, self.rand_augment, rng)
         pixels = np.asarray(image)
@@ -176,11 +181,12 @@ class InMemory:
 
     def __init__(
         self, samples: list[Sample], side: int, size: int, batch_size: int, order: EpochSampler, min_area: float,
-        colour: float, seed: int, rand_augment: float, device: torch.device,
+        colour: float, seed: int, rand_augment: float, padding: float, device: torch.device,
     ) -> None:  # fmt: skip
         self.images, self.labels = decoded(samples, side, side, device)
         self.side, self.size, self.batch_size, self.order = side, size, batch_size, order
         self.min_area, self.colour, self.seed, self.rand_augment = min_area, colour, seed, rand_augment
+        self.padding = padding
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -189,7 +195,7 @@ class InMemory:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(B, 3, size, size) float32, whole numbers from 0 to 255, and labels (B,)."""
         rng = np.random.default_rng((self.seed, self.epoch, 2))
-        draws = draw(len(self.images), self.side, self.min_area, self.rand_augment, self.colour, rng)
+        draws = draw(len(self.images), self.side, self.min_area, self.rand_augment, self.colour, rng, self.padding)
         augment = Augment(draws, self.size, self.images.device)
         order = np.array(list(self.order))
         batches = torch.from_numpy(order).to(self.images.device, non_blocking=True).split(self.batch_size)

@@ -312,7 +312,7 @@ def batches(
     if rest:
         raise ValueError(f"batch_size {recipe.batch_size} does not divide over {processes.world} processes")
     order = EpochSampler(len(training), local_batch, recipe.seed, processes.rank, processes.world)
-    augmentation = (recipe.min_area, recipe.colour, recipe.seed, recipe.rand_augment)
+    augmentation = (recipe.min_area, recipe.colour, recipe.seed, recipe.rand_augment, recipe.padding)
     images: InMemory | TrainImages
     loader: InMemory | DataLoader[tuple[Tensor, Tensor]]
     if recipe.in_memory:

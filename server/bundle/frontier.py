@@ -33,8 +33,9 @@ from numpy.typing import ArrayLike, NDArray
 from server.documents import parse_json, shown
 
 FORMAT_VERSION = 1
-Criterion = Literal["max_probability", "entropy"]
-"""What an exit's confidence is: the largest probability, or 1 - H(p) / log K of all K. From 0 to 1, larger is surer.
+Criterion = Literal["max_probability", "entropy", "margin"]
+"""What an exit's confidence is: the largest probability; 1 - H(p) / log K of all K; or the largest less the second.
+From 0 to 1, larger is surer.
 
 The exported graph computes it; a frontier's thresholds, and a request's min_confidence, are on that scale."""
 Source = Literal["calibration", "imported"]

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import errors
 from server.budget.fleet import EXPIRES_S, LONGEST_S
+from server.bundle.frontier import Criterion
 from server.frontend import images
 from server.frontend.edge import PROBLEM
 
@@ -302,7 +303,7 @@ class Certificate(_Model):
 
 
 class Frontier(_Model):
-    criterion: Literal["max_probability", "entropy"] = Field(description="What the thresholds are compared with.")
+    criterion: Criterion = Field(description="What the thresholds are compared with.")
     source: Literal["calibration", "imported"] = Field(
         description="Solved here, on images, or brought along by a published checkpoint."
     )
@@ -339,8 +340,9 @@ class Model(_Model):
     labels: list[str]
     stages: list[Stage]
     precision: str
-    criterion: Literal["max_probability", "entropy"] = Field(
-        description="What `confidence` is: the largest probability, or 1 - H(p) / log K with H the entropy of all K."
+    criterion: Criterion = Field(
+        description="What `confidence` is: the largest probability, 1 - H(p) / log K with H the entropy of all K, or "
+        "the largest probability less the second."
     )
     engine: Engine
     preprocessing: Preprocessing

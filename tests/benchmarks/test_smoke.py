@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations, backbone, int8, precision
+from benchmarks import ablations, backbone, criteria, int8, precision
 from tests.server.engines.tensorrt.half_graphs import half_graph
 from tests.server.engines.tensorrt.tiny_bundle import write_bundle
 
@@ -185,19 +185,69 @@ def test_solvers_are_compared_and_none_beats_the_exact_one(run: Run) -> None:
 
 def test_ablations_train_judge_and_tell(image_folder: Path, tmp_path: Path) -> None:
     runs, out = tmp_path / "runs", tmp_path / "out"
-    arguments = [str(image_folder), str(image_folder), str(runs), "--recipe", "micro", "--epochs", "1", "--seeds", "1"]
-    arguments += ["--tables", "reuse", "--out", str(out)]
+    arguments = [str(image_folder), str(image_folder), str(runs), "--recipe", "micro", "--epochs", "1"]
+    arguments += ["--out", str(out)]
+    assert ablations.main([*arguments, "--tables", "reuse", "--seeds", "1"]) == 0
+    reuse = json.loads((out / "ablations.json").read_text())["tables"]["reuse"]
+    assert set(reuse["rows"]) == {"none", "features", "relations", "both"}
+    assert reuse["rows"]["none"]["mmacs"][-1] < reuse["rows"]["both"]["mmacs"][-1]
+    assert reuse["noise"] is None, "a single seed tells nothing of chance"
+
+    arguments += ["--tables", "relation-designs", "--seeds", "2"]
+    assert ablations.main([*arguments, "--minutes", "0"]) == 0
+    assert not list(runs.glob("two-exits*")), "no run is begun when the time is up"
     assert ablations.main(arguments) == 0
     tables = json.loads((out / "ablations.json").read_text())["tables"]
-    assert set(tables) == {"reuse", "criteria"}
-    assert set(tables["reuse"]) == {"none", "features", "relations", "both"}
-    assert tables["reuse"]["none"]["mmacs"][-1] < tables["reuse"]["both"]["mmacs"][-1]
-    assert tables["criteria"]["confidence"] == tables["reuse"]["both"]
+    assert tables["reuse"] == reuse, "a table that was not asked for stays"
+    designs = tables["relation-designs"]
+    assert list(designs["rows"]) == ["without", *ablations._RELATIONS]
+    for row in designs["rows"].values():
+        assert len(row["mmacs"]) == len(row["exits"]) == 2
+        assert len(row["exits_by_seed"]) == 2
+        assert row["exits"][1][0] == pytest.approx(sum(exits[1] for exits in row["exits_by_seed"]) / 2, abs=0.01)
+    assert designs["rows"]["without"]["mmacs"][-1] == min(row["mmacs"][-1] for row in designs["rows"].values())
     text = (out / "ablations.md").read_text()
+    assert "Table 6" in text
     written = {run: (run / "model.safetensors").stat().st_mtime_ns for run in runs.iterdir()}
-    assert ablations.main(arguments) == 0, "finished runs are not repeated"
+    assert ablations.main([*arguments, "--minutes", "0"]) == 0, "finished runs are not repeated"
     assert {run: (run / "model.safetensors").stat().st_mtime_ns for run in runs.iterdir()} == written
     assert (out / "ablations.md").read_text() == text
+
+
+def test_chance_is_told_from_what_rows_do() -> None:
+    def rows(*last: tuple[float, ...]) -> dict[str, dict[str, Any]]:
+        return {str(at): {"exits_by_seed": [[50.0, each] for each in row]} for at, row in enumerate(last)}
+
+    same = ablations._noise(rows((50.0, 52.0, 51.0), (52.0, 51.0, 50.0), (51.0, 50.0, 52.0)))
+    assert same == {"range": 0.0, "chance": 1.0}
+    apart = ablations._noise(rows((50.0, 52.0, 51.0), (60.0, 62.0, 61.0), (70.0, 72.0, 71.0)))
+    assert apart["range"] == 20.0
+    assert apart["chance"] == pytest.approx(6 / 6**3, abs=0.01)  # all seeds in the same order, of 6
+
+
+def test_criteria_are_compared_at_the_same_cost(image_folder: Path, micro_checkpoint: Path, tmp_path: Path) -> None:
+    backbone = {"figures": {"seed0_alone_accuracy": 0.3, "seed0_alone_mmacs": 100.0}}
+    (tmp_path / "backbone.json").write_text(json.dumps(backbone))
+    arguments = [str(image_folder), str(image_folder), "--checkpoint", str(micro_checkpoint), "--held-out", "0.25"]
+    arguments += [
+        "--draws",
+        "20",
+        "--seeds",
+        "5",
+        "--backbone",
+        str(tmp_path / "backbone.json"),
+        "--out",
+        str(tmp_path),
+    ]
+    assert criteria.main(arguments) == 0
+    figures = json.loads((tmp_path / "criteria.json").read_text())["figures"]
+    for name in ("max_probability", "entropy", "margin"):
+        assert all(0 < accuracy < 1.001 for accuracy in figures[f"{name}_accuracy"])
+        assert 0 < figures[f"{name}_area"] < 1.001
+        assert figures[f"{name}_ratio"] > 0
+    assert len(figures["lot_accuracy"]) == 3
+    low, high = figures["margin_area_gain_interval"]
+    assert low <= high
 
 
 def test_a_dvt_is_compared_with_its_backbone_trained_alone(image_folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from export.verify import VerificationError, run_cascade, torch_logits, verify
 from export.write import export_checkpoint
 from model.checkpoint import CheckpointError, load_model
 from model.config import variant
+from model.dvt import DVT
 from server.__main__ import build
 from server.bundle.manifest import EMBEDDED, Bundle
 from server.calibration.calibrate import calibrate, read_image_folder
@@ -72,6 +73,40 @@ def test_confidence_may_be_one_less_the_normalised_entropy_and_is_calibrated_on_
     assert frontier.criterion == Bundle.load(out).frontier.criterion == "entropy"
 
 
+def test_confidence_may_be_the_largest_probability_less_the_second_and_is_calibrated_on_that_scale(
+    parts, micro_checkpoint: Path, image_folder: Path, tmp_path: Path
+):
+    _, plain, graphs, _ = parts
+    out = tmp_path / "margin"
+    ran = CliRunner().invoke(build(), ["export", str(micro_checkpoint), str(out), "--criterion", "margin"])
+    assert ran.exit_code == 0, ran.output
+    bundle = Bundle.load(out, need_frontier=False)
+    assert bundle.manifest.criterion == "margin"
+    assert bundle.manifest.version != plain.manifest.version
+    sessions = [open_session(bundle.stage_path(number)) for number in (1, 2, 3)]
+    images = np.random.default_rng(7).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
+    for answer in run_cascade(graphs, sessions, images):
+        second, first = np.sort(answer["probabilities"], axis=1)[:, -2:].T
+        np.testing.assert_array_equal(answer["confidence"], first - second)
+
+    engine = OnnxEngine(bundle)
+    frontier = calibrate(bundle, engine, read_image_folder(image_folder, bundle.manifest.labels))
+    engine.close()
+    assert frontier.criterion == Bundle.load(out).frontier.criterion == "margin"
+
+
+def test_the_margin_of_certain_and_of_tied_probabilities_is_exact(parts):
+    graph = StageGraph(parts[0], 1, criterion="margin")
+    logits = torch.tensor([[200.0, 0, 0, 0], [-1e30, 3.0, 3.0, -1e30], [7.0] * 4])
+    assert graph._confidence(logits, logits.softmax(dim=-1)).tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "margin"])
+def test_what_a_single_class_has_not_is_no_criterion(criterion: str):
+    with pytest.raises(ValueError, match=f"criterion {criterion} needs at least two classes"):
+        StageGraph(DVT(variant("micro", num_classes=1)), 1, criterion=criterion)
+
+
 def test_the_entropy_of_certain_and_of_even_probabilities_is_exact_and_finite(parts):
     graph = StageGraph(parts[0], 1, criterion="entropy")
     logits = torch.tensor([[200.0, 0, 0, 0], [-1e30, 3.0, 3.0, -1e30], [7.0] * 4])
@@ -81,7 +116,7 @@ def test_the_entropy_of_certain_and_of_even_probabilities_is_exact_and_finite(pa
 
 
 def test_an_unknown_criterion_is_refused(tmp_path: Path):
-    ran = CliRunner().invoke(build(), ["export", "x.safetensors", str(tmp_path / "y"), "--criterion", "margin"])
+    ran = CliRunner().invoke(build(), ["export", "x.safetensors", str(tmp_path / "y"), "--criterion", "surprise"])
     assert isinstance(ran.exception, click.UsageError)
 
 

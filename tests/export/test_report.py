@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from export.report import calibration, calibration_error
+from export.report import calibration, calibration_error, first_right
 from server.__main__ import build
 
 
@@ -55,6 +55,12 @@ def test_a_single_image_tells_no_temperature_of_another():
     assert found.ece_after == pytest.approx(found.ece)
 
 
+def test_an_image_belongs_to_the_first_exit_that_has_it_right():
+    correct = np.array([[1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0]], dtype=bool)
+    assert first_right(correct).tolist() == [1, 1, 2, 3, 0]
+    assert first_right(correct[:1]).tolist() == [1, 1, 0, 0, 0]  # a single exit
+
+
 def test_the_command_writes_a_page_whose_files_are_all_there(micro_bundle: Path, image_folder: Path, tmp_path: Path):
     out = tmp_path / "report"
     arguments = ["evaluate", str(micro_bundle), str(image_folder), "--report", str(out)]
@@ -72,6 +78,13 @@ def test_the_command_writes_a_page_whose_files_are_all_there(micro_bundle: Path,
     assert len(document["calibration"]) == 3
     assert [c["accuracy"] for c in document["calibration"]] == pytest.approx(document["evaluation"]["exit_accuracy"])
     assert set(document["gallery"]) == {"blue", "green", "red", "white"}
+    for label, kinds in document["gallery"].items():
+        assert set(kinds) == {"easy", "hard"}
+        assert all(image["answers"][0] == label for image in kinds["easy"])
+        assert all(image["answers"][2] == label not in image["answers"][:2] for image in kinds["hard"])
+    found = document["first_right"]
+    assert sum(found["exits"]) + found["none"] == 160
+    assert found["exits"][0] == round(document["calibration"][0]["accuracy"] * 160)
     again = CliRunner().invoke(build(), arguments)
     assert again.exit_code == 1
     assert "not empty" in str(again.exception)

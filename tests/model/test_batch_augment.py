@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from model.augment import FILL, OPERATIONS, crop_boxes
+from model.augment import FILL, OPERATIONS, crop_boxes, padded_crop
 from model.batch_augment import COLOURS, MOVES, NAMES, SLOTS, Augment, Draws, draw, erase, mix
 from model.data import EpochSampler, InMemory, Sample, decoded, scan_image_folder
 
@@ -110,6 +110,40 @@ def test_crops_and_flips_are_spread_as_they_are_told():
     assert (draws.jitter == 1).all()
 
 
+def test_a_padded_crop_is_pillows_and_moves_whole_pixels():
+    for number, image in enumerate(pictures(20)):
+        draws = draw(1, 48, 0.3, 0.0, 0.0, np.random.default_rng(number), padding=0.125)
+        expected = padded_crop(image, 48, 0.125, np.random.default_rng(number))
+        if draws.maps[0, 0, 0] < 0:
+            expected = ImageOps.mirror(expected)
+        assert apart(changed([image], draws), [expected]).max() == 0
+
+
+def test_padded_crops_leave_the_size_as_it_is_and_reach_as_far_as_the_padding():
+    draws = draw(4000, 48, 0.3, 0.0, 0.0, np.random.default_rng(0), padding=0.125)
+    assert (np.abs(draws.maps[:, 0, 0]) == 1).all()
+    assert (draws.maps[:, 0, 0] < 0).mean() == pytest.approx(0.5, abs=0.03)
+    assert (draws.maps[:, 1, 1] == 1).all()
+    for moved in draws.maps[:, :, 2].T * 48 / 2:
+        pixels, counts = np.unique(moved.round(3), return_counts=True)
+        assert pixels.tolist() == list(range(-6, 7))
+        assert counts.min() > 4000 / 13 * 0.7
+
+
+def test_a_padded_crop_of_another_shape_is_of_its_middle_and_resized():
+    wide = np.zeros((32, 80, 3), np.uint8)
+    wide[:, 24:56] = 200
+    corners = []
+    for seed in range(30):
+        crop = np.asarray(padded_crop(Image.fromarray(wide), 64, 0.125, np.random.default_rng(seed)))
+        assert crop.shape == (64, 64, 3)
+        assert (crop[32, 32] == 200).all()
+        corners += [crop[row, column].astype(int) for row in (0, 63) for column in (0, 63)]
+    bare = np.abs(np.array(corners) - FILL).max(axis=1) < 10  # bicubic edges overshoot
+    assert 0 < bare.sum() < len(corners)
+    assert (np.array(corners)[~bare] == 200).all()
+
+
 def test_rand_augment_gives_each_image_two_operations_each_at_half_the_odds():
     draws = draw(6000, 48, 1.0, 9.0, 0.2, np.random.default_rng(0))
     colours = (draws.operations >= 0).mean()
@@ -133,7 +167,7 @@ def in_memory(images: Path, **changes: int) -> InMemory:
     _, samples = scan_image_folder(images)
     order = EpochSampler(len(samples), 16, seed=3)
     order.epoch = changes.get("epoch", 0)
-    made = InMemory(samples, 48, 48, 16, order, 0.4, 0.2, 3, 9.0, CPU)
+    made = InMemory(samples, 48, 48, 16, order, 0.4, 0.2, 3, 9.0, 0.0, CPU)
     made.epoch = order.epoch
     return made
 
@@ -152,7 +186,7 @@ def test_an_epoch_is_the_same_each_time_and_the_next_one_another(image_folder: P
 def test_every_image_keeps_its_label(image_folder: Path):
     _, samples = scan_image_folder(image_folder)
     order = EpochSampler(len(samples), 16, seed=0)
-    flipped = InMemory(samples, 48, 48, 16, order, 1.0, 0.0, 0, 0.0, CPU)  # whole images, some of them mirrored
+    flipped = InMemory(samples, 48, 48, 16, order, 1.0, 0.0, 0, 0.0, 0.0, CPU)  # whole images, some of them mirrored
 
     def seen(images: torch.Tensor, labels: torch.Tensor) -> list[tuple[float, ...]]:
         return [(*image.double().sum((1, 2)).tolist(), float(y)) for image, y in zip(images, labels, strict=True)]

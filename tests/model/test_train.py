@@ -22,7 +22,7 @@ from model.augment import OPERATIONS, rand_augment
 from model.checkpoint import CheckpointError, load_model, load_tensors, save_model, save_tensors
 from model.commands import _parse
 from model.config import variant
-from model.data import EpochSampler, TrainImages, held_out, scan_image_folder, select
+from model.data import EpochSampler, Sample, TrainImages, held_out, scan_image_folder, select
 from model.dvt import DVT
 from model.evaluate import exit_logits
 from model.losses import cascade_loss
@@ -196,6 +196,18 @@ def test_an_image_is_augmented_alike_whatever_the_order_it_is_read_in(image_fold
     assert torch.equal(a[7][0], b[7][0])
     b.epoch = 1
     assert not torch.equal(a[7][0], b[7][0])
+
+
+def test_images_of_a_run_with_padding_are_whole_ones_moved_and_mirrored(tmp_path: Path):
+    (tmp_path / "all").mkdir()
+    photo = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "all" / "one.png")
+    images = TrainImages([Sample(tmp_path / "all" / "one.png", 0)], 48, 0.08, 0.0, seed=0, padding=0.125)
+    for epoch in range(20):
+        images.epoch = epoch
+        middle = images[0][0][:, 6:-6, 6:-6].permute(1, 2, 0).numpy()  # of the photo's own pixels, wherever it went
+        places = np.lib.stride_tricks.sliding_window_view(photo, (36, 36), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
+        assert (places == middle).all(axis=(2, 3, 4)).any() or (places == middle[:, ::-1]).all(axis=(2, 3, 4)).any()
 
 
 def test_rand_augment_changes_images_and_nothing_else_about_them():
@@ -402,6 +414,7 @@ def test_other_grids_on_the_command_line_are_refused_in_one_line_and_begun_when_
         ("accumulate=0", "accumulate must be at least 1, got 0"),
         ("precision=fp8", "precision is one of fp32, bf16, fp16, not fp8"),
         ("optimizer=lion", "optimizer is one of adamw, sgd, not lion"),
+        ("padding=2", "padding lies between 0 and 1, got 2"),
         ("held_out=1.5", "held_out lies between 0 and 1, got 1.5"),
         ("warmup_epochs=-1", "warmup_epochs must not be below 0, got -1"),
         ("lr=nan", "lr must be above 0, got nan"),

@@ -919,6 +919,13 @@ def _split(node: _Bound) -> Kernel:
     return lambda x: x.split(sizes if sizes else -(-x.shape[axis] // parts), axis)
 
 
+@_operator("TopK")
+def _top_k(node: _Bound) -> Kernel:
+    counts = node.ints(1) or []
+    axis, largest = node.get("axis", -1), bool(node.get("largest", 1))
+    return lambda x: torch.topk(x, counts[0], axis, largest)
+
+
 @_operator("Slice")
 def _slice(node: _Bound) -> Kernel:
     starts, ends = (node.get(name, None) or node.ints(at) for at, name in ((1, "starts"), (2, "ends")))

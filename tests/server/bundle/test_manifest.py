@@ -120,7 +120,7 @@ def test_the_version_names_weights_and_pixels_and_nothing_else(tmp_path: Path) -
 def test_a_manifest_that_names_no_criterion_means_the_largest_probability(root: Path) -> None:
     change(root, lambda document: document.pop("criterion"))
     assert Bundle.load(root).manifest.criterion == "max_probability"
-    change(root, lambda document: document.update(criterion="margin"))
+    change(root, lambda document: document.update(criterion="surprise"))
     with pytest.raises(BundleError, match="criterion"):
         Bundle.load(root)
 
