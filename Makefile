@@ -23,7 +23,7 @@ INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c cons
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would trip over each other
-.PHONY: help setup serve test ablations lint format lock image image-test sbom
+.PHONY: help setup serve test ablations peers lint format lock image image-test sbom
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ test: lint ## set up, check style, types and import contracts, and run the tests
 
 ablations: $(DEVELOPMENT) ## train the paper's ablations in small: hours. TRAIN=… TEST=… image folders
 	$(VENV)/bin/python -m benchmarks.ablations $(TRAIN) $(TEST) runs/ablations --out
+
+peers: $(DEVELOPMENT) ## other servers beside this one: installs them in build/peers, and races. PEERS=… options
+	$(VENV)/bin/python -m benchmarks.peers $(PEERS) --out
 
 lint: $(DEVELOPMENT) ## ruff, mypy, import-linter and hadolint
 	$(VENV)/bin/ruff check .
