@@ -20,8 +20,9 @@ PEER = Peer(
     command=command,
     path="/inference",
     about=(
-        "One worker class, a process a core, `max_batch_size` and `max_wait_time` of the server's own batching; JPEGs"
-        " are decoded in `deserialize`, so that a bad one is refused alone. Cascade: within the worker's batch, which"
-        " shrinks; a pipeline of workers cannot let a request leave early."
+        "One worker class, a process a core, `max_batch_size` and `max_wait_time` of the server's own batching. What "
+        "is raised in `deserialize` or `forward` fails the whole batch, so a bad image is answered with 200 and an "
+        "error inside. Cascade: within the worker's batch, which shrinks; a pipeline of workers cannot let a request "
+        "leave early."
     ),
 )

@@ -71,8 +71,8 @@ def test_a_race_measures_every_contender_and_writes_a_page(race: Race, tmp_path:
         assert told["row"]["cpu_ms"] > 0
         assert told["row"]["memory_mb"] > 0
         assert [level["load"] for level in told["open"][0]["levels"]] == [0.5, 2.0]
-        assert told["open"][0]["bad"]["status"] in (400, 422)
-        assert told["open"][0]["bad"]["spoilt"] == 0
+        assert told["closed"][0]["bad"]["status"] in (400, 422)
+        assert told["closed"][0]["bad"]["spoilt"] == 0
         assert told["open"][0]["stop"]["answered"] > 0
     # Both say how many images each stage ran; the fake one has no batches, and runs what nobody waits for.
     assert figures["contenders"]["fake cascade"]["closed"][0]["fill"] == [1, 1, 1]

@@ -109,10 +109,8 @@ class Stages:
             stays = np.flatnonzero(~leaves)
             inside = inside[stays]
             takes = self._stages[stage.number].takes
-            every = len(stays) == len(leaves)
-            feeds = {"image": images if every else images[inside]} | {
-                name: state[name] if every else state[name][stays] for name in takes
-            }
+            tensors = {"image": feeds["image"], **{name: state[name] for name in takes}}
+            feeds = tensors if len(stays) == len(leaves) else {name: every[stays] for name, every in tensors.items()}
         return answers
 
     def run_files(self, files):

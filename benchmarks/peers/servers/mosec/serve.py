@@ -4,7 +4,6 @@ from typing import Any
 
 import cascade
 from mosec import Server, Worker
-from mosec.errors import ValidationError
 
 
 class Classify(Worker):
@@ -13,14 +12,11 @@ class Classify(Worker):
         self.stages = cascade.Stages()
 
     def deserialize(self, data: bytes) -> Any:
-        # Here a bad image is its own sender's fault; in `forward` it would be the whole batch's.
-        try:
-            return cascade.decode(bytes(data))
-        except ValueError as error:
-            raise ValidationError(str(error)) from error
+        return bytes(data)
 
     def forward(self, data: list[Any]) -> list[Any]:
-        return self.stages.run(data)
+        # Whatever is raised, here or in `deserialize`, is the whole batch's answer.
+        return [{"error": str(a)} if isinstance(a, ValueError) else a for a in self.stages.run_files(data)]
 
 
 if __name__ == "__main__":
