@@ -166,7 +166,8 @@ def measure(options: Options, contenders: Sequence[Contender]) -> Report:
                 f"(took {time.monotonic() - began:.0f} s)",
                 flush=True,
             )
-    report.figures["contenders"] = {name: told for name, told in figures.items() if told["closed"] and told["open"]}
+    report.figures["contenders"] = {name: told for name, told in figures.items() if told["closed"]}
+    report.add("raced", f"{len(report.figures['contenders'])} of {len(field)}")
     for name, told in report.figures["contenders"].items():
         told["row"] = page.row(told)
         _tell(report, name, told)

@@ -29,7 +29,7 @@ from benchmarks.harness import HOST, ROOT, process_cpu_seconds
 
 SERVERS = Path(__file__).with_name("servers")
 ENVIRONMENTS = ROOT / "build" / "peers"
-START_S, STOP_S = 60.0, 8.0
+START_S, STOP_S, END_S = 60.0, 8.0, 2.0
 
 # The same runtime, decoder and arrays for all, as far as a peer's own requirements allow.
 COMMON = ("onnxruntime==1.31.1", "simplejpeg==1.9.0")
@@ -293,7 +293,7 @@ class RunningPeer:
     def close(self) -> None:
         self.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
+            self._process.wait(END_S)
         until = time.monotonic() + 5
         while (left := self.processes()) and time.monotonic() < until:
             for pid in left:
