@@ -84,11 +84,14 @@ class Line:
         self.send(request)
         return self.receive()
 
-    def send(self, request: bytes) -> None:
+    def connect(self) -> socket.socket:
         if self.socket is None:
             self.socket = socket.create_connection((HOST, self._port), self._timeout_s)
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.sendall(request)
+        return self.socket
+
+    def send(self, request: bytes) -> None:
+        self.connect().sendall(request)
 
     def receive(self) -> Reply:
         """The next answer. The connection is closed after one that says so, and where there is none."""

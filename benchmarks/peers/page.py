@@ -105,9 +105,9 @@ def _page(name: str, document: dict[str, Any]) -> str:
         "## Batches, clients that leave, bad images, stopping\n\n" + "\n".join(_behaviour(contenders)),
         "*Fill*: images in a batch, by stage, in the closed loop. *Held*: the median latency of images of the first "
         "exit over that of the last, at half load; 1 means that who is sure waits for who is not. *Left*: of the "
-        "images of clients that left after 5 ms, how many each stage ran. *Bad*: status of a bad image, and how many "
-        "of the good ones beside it failed. *SIGTERM*: requests without an answer, seconds until the end, processes "
-        "that remain.",
+        "images of clients that asked all at once and left, how many each stage ran. *Bad*: status of a bad image, "
+        "and how many of the good ones beside it failed. *SIGTERM*: requests without an answer, seconds until the "
+        "end, processes that remain.",
         "## How each is set up\n\n" + "\n\n".join(_setups(figures)),
     ]
     if figures["not_raced"]:
@@ -178,7 +178,7 @@ def _why(key: str, first: str) -> str:
 
 
 def _behaviour(contenders: dict[str, Any]) -> list[str]:
-    lines = ["| | fill | held | left, of 40 | bad | SIGTERM |", "|---|---|---|---|---|---|"]
+    lines = ["| | fill | held | left | bad | SIGTERM |", "|---|---|---|---|---|---|"]
     for name, told in contenders.items():
         if not told["open"]:
             continue
@@ -187,7 +187,7 @@ def _behaviour(contenders: dict[str, Any]) -> list[str]:
         cells = [
             " ".join(f"{fill:.1f}" for fill in told["closed"][0]["fill"]),
             f"{held:.2f}" if held == held else "-",
-            " ".join(map(str, first["left"]["images_run"])),
+            " ".join(map(str, first["left"]["images_run"])) + f" of {first['left']['left']}",
             f"{bad['status'] or 'no answer'}; {bad['spoilt']} of {bad['beside']}",
             f"{sum(found['lost'] for found in stop)} lost; {median(found['seconds'] for found in stop):.1f} s; "
             f"{max(found['processes_left'] for found in stop)} left",

@@ -19,7 +19,7 @@ from benchmarks.peers import load
 from benchmarks.peers.peer import Running
 
 WARM_S, SETTLED_S, SETTLE_GIVE_UP_S = 2, 0.3, 15.0
-LEAVERS, LEAVE_AFTER_S = 40, 0.005
+LEAVERS_S, FEWEST_LEAVERS, MOST_LEAVERS = 0.5, 20, 250  # so much work, in images
 NEIGHBOURS = 15
 BAD = b"\xff\xd8\xff\xe0 no picture follows"
 ASKING, SERVING_ON_S, HANGING_S = 8, 3.0, 5.0
@@ -74,7 +74,7 @@ def behaviour(running: Running, photos: Photos, plan: Plan, capacity: float, see
     settle(running)
     return {
         "levels": [open_level(running, photos, plan, level, max(1.0, capacity), seed) for level in plan.loads],
-        "left": hang_ups(running, photos),
+        "left": hang_ups(running, photos, capacity),
         "stop": stop_under_load(running, photos),
     }
 
@@ -141,21 +141,22 @@ def statuses(shots: Sequence[Shot]) -> dict[str, int]:
     return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def hang_ups(running: Running, photos: Photos) -> dict[str, Any]:
-    """Clients that ask all at once and leave 5 ms later: how many of their images the first stage ran, and the stages
-    together, in parts of what all of them would have cost."""
+def hang_ups(running: Running, photos: Photos, capacity: float) -> dict[str, Any]:
+    """Half a second's work, asked for all at once by clients that leave at once: how many images each stage ran."""
     settle(running)
     before = running.batches()
-    lines = [Line(running.port) for _ in range(LEAVERS)]
-    jpegs = [photos.jpegs[number % len(photos.jpegs)] for number in range(LEAVERS)]
+    count = int(min(max(LEAVERS_S * capacity, FEWEST_LEAVERS), MOST_LEAVERS))
+    lines = [Line(running.port) for _ in range(count)]
+    for line in lines:
+        line.connect()
+    jpegs = [photos.jpegs[number % len(photos.jpegs)] for number in range(count)]
     for line, jpeg in zip(lines, jpegs, strict=True):
         line.send(running.request(jpeg))
-    time.sleep(LEAVE_AFTER_S)
     for line in lines:
         line.close()
     settle(running)
     images = (running.batches() - before)[:, 1]
-    return {"left": LEAVERS, "images_run": images.tolist()}
+    return {"left": count, "images_run": images.tolist()}
 
 
 def bad_image(running: Running, photos: Photos) -> dict[str, Any]:
