@@ -1,6 +1,6 @@
 """The same cascade served by us and by others, in turns, on the same cores.
 
-    taskset -c 0,1 python -m benchmarks.peers --images-from photo10/test --out
+    taskset -c 0,1 python -m benchmarks.peers --images-from photo10/test --minutes 11 --out
     python -m benchmarks.peers --only ours mosec --bundle build/t2t-vit-12 --mix 0.46,0.30,0.24 --clients 8 \\
         --deadline-ms 1500 --seconds 10
 
@@ -82,8 +82,11 @@ def _more(parser: argparse.ArgumentParser, contenders: Sequence[Contender]) -> N
     )
     parser.add_argument("--rounds", type=int, default=2, help="(default %(default)s)")
     parser.add_argument("--open-rounds", type=int, default=1, help="that have the open loop, too (default %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="after which no contender is started any more"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="of the closed loop, whole (default %(default)s)")
-    parser.add_argument("--open-seconds", type=float, help="of each open-loop load (default: two thirds)")
+    parser.add_argument("--open-seconds", type=float, help="of each open-loop load (default: half of --seconds)")
     parser.add_argument("--clients", type=int, default=32, help="of the closed loop (default %(default)s)")
     parser.add_argument("--deadline-ms", type=float, default=250.0, help="(default %(default)s)")
     parser.add_argument(
@@ -117,7 +120,7 @@ def measure(options: Options, contenders: Sequence[Contender]) -> Report:
     plan = Plan(
         options.clients,
         options.seconds,
-        options.open_seconds or options.seconds * 2 / 3,
+        options.open_seconds or options.seconds / 2,
         options.loads,
         options.deadline_ms / 1000,
     )
@@ -142,8 +145,11 @@ def measure(options: Options, contenders: Sequence[Contender]) -> Report:
     if options.mix is not None:
         field = [(c, mode) for c, mode in field if mode != "budget"]  # thresholds that are no point of the frontier
     figures: dict[str, Any] = report.figures["contenders"]
+    until = time.monotonic() + 60 * options.minutes
     for number in range(options.rounds):
         for contender, mode in field if number % 2 == 0 else field[::-1]:
+            if time.monotonic() > until:
+                continue
             name = f"{contender.name} {mode}"
             seen = Photos(jpegs, right, known["full" if mode == "full" else "cascade"])
             own = replace(task, mode=mode)
@@ -166,6 +172,9 @@ def measure(options: Options, contenders: Sequence[Contender]) -> Report:
                 f"(took {time.monotonic() - began:.0f} s)",
                 flush=True,
             )
+    for name in (f"{contender.name} {mode}" for contender, mode in field):
+        if name not in figures:
+            report.figures["not_raced"][name] = "no time was left"
     report.figures["contenders"] = {name: told for name, told in figures.items() if told["closed"]}
     report.add("raced", f"{len(report.figures['contenders'])} of {len(field)}")
     for name, told in report.figures["contenders"].items():

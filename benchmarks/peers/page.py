@@ -108,12 +108,26 @@ def _page(name: str, document: dict[str, Any]) -> str:
         "images of clients that asked all at once and left, how many each stage ran. *Bad*: status of a bad image, "
         "and how many of the good ones beside it failed. *SIGTERM*: requests without an answer, seconds until the "
         "end, processes that remain.",
+        UNFAIR,
         "## How each is set up\n\n" + "\n\n".join(_setups(figures)),
     ]
     if figures["not_raced"]:
         lines = [f"- **{which}**: {' '.join(why.split())}" for which, why in figures["not_raced"].items()]
         parts.append("## Not raced\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+UNFAIR = """\
+## What is not fair
+
+- Server and load share the cores: who answers more makes the load work more. The open-loop driver goes before all others.
+- Photos come in the model's own size. Nobody resizes, which ours does quicker than most.
+- The graphs were made for ours. All peers have one batch size and one window, which were searched for none of them:
+  `--batch` and `--window-ms` try others.
+- Ours hears the deadline with each request. Of its peers mosec, LitServe, BentoML, Ray Serve and Triton are told at their
+  start to give up after 0.8 of it; MLServer cannot be. What counts as in time is the same for all.
+- Triton runs the stages in its Python backend: that of ONNX Runtime, in C++, is in no package of PyPI.
+- It is one machine's loopback: a peer's strength on many machines, or on a GPU, does not show."""
 
 
 def _table(contenders: dict[str, Any]) -> list[str]:
