@@ -93,7 +93,7 @@ def _more(parser: argparse.ArgumentParser, contenders: Sequence[Contender]) -> N
         "--loads", type=_numbers, default=(0.2, 0.5, 0.8, 1.0, 2.0, 3.0), help="of each one's own capacity"
     )
     parser.add_argument(
-        "--window-ms", type=float, default=5.0, help="that peers wait for a batch (default %(default)s)"
+        "--window-ms", type=float, default=2.0, help="that peers wait for a batch (default %(default)s)"
     )
     parser.add_argument("--batch", type=int, help="largest of a peer; by default what pays at the first stage")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="of a peer; by default one a core")
