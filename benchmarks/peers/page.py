@@ -122,8 +122,8 @@ UNFAIR = """\
 
 - Server and load share the cores: who answers more makes the load work more. The open-loop driver goes before all else.
 - Photos come in the model's own size. Nobody resizes, which ours does quicker than most.
-- The graphs were made for ours. All peers have one batch size and one window: batches of 8, 16 and 32 and windows of 1 to
-  10 ms moved the CPU an image of mosec, LitServe and Triton by a tenth at most. `--batch` and `--window-ms` try others.
+- The graphs were made for ours. All peers have one batch size and one window. Batches of 8, 16 and 32 and windows of 1
+  to 10 ms moved the CPU an image of mosec, LitServe and Triton by a tenth at most; `--batch`, `--window-ms` try others.
 - Ours hears the deadline with each request. Of its peers mosec, LitServe, BentoML, Ray Serve and Triton are told at
   their start to give up after 0.8 of it; MLServer cannot be told. What counts as in time is the same for all.
 - Triton runs the stages in its Python backend: that of ONNX Runtime, in C++, is in no package of PyPI.
