@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -287,4 +288,5 @@ def _mix(answers: Sequence[tuple[int, int]], stages: int) -> list[float]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
     sys.exit(main())
