@@ -23,7 +23,7 @@ INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c cons
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would trip over each other
-.PHONY: help setup serve test bench-smoke ray-test ablations lint format lock image image-test sbom
+.PHONY: help setup serve test bench-smoke ray-test ablations peers lint format lock image image-test sbom
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ bench-smoke: $(DEVELOPMENT) ## every benchmark in small: figures appear and add 
 
 ablations: $(DEVELOPMENT) ## train the paper's ablations in small: hours. TRAIN=… TEST=… image folders
 	$(VENV)/bin/python -m benchmarks.ablations $(TRAIN) $(TEST) runs/ablations --out
+
+peers: $(DEVELOPMENT) ## other servers beside this one: installs them in build/peers, and races. PEERS=… options
+	$(VENV)/bin/python -m benchmarks.peers $(PEERS) --out
 
 lint: $(DEVELOPMENT) ## ruff, mypy, import-linter and hadolint
 	$(VENV)/bin/ruff check .

@@ -23,6 +23,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from benchmarks.clients import CHUNKED, dechunked
 from benchmarks.harness import HOST
 
 GRACE_S = 10.0  # after the last request: who has no answer by then has none
@@ -143,9 +144,12 @@ class _Connection(asyncio.Protocol):
         if end < 0:
             return
         head = self._data[:end].lower()
+        body: bytes | None = self._data[end + 4 :]
         at = head.find(b"content-length: ")
-        length = int(head[at + 16 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
-        if len(self._data) - end - 4 < length:
+        if at >= 0:
+            if len(self._data) - end - 4 < int(head[at + 16 :].split(b"\r\n", 1)[0]):
+                return
+        elif CHUNKED in head and (body := dechunked(self._data[end + 4 :])) is None:
             return
         number, self._number = self._number, -1
         if b"connection: close" in head:
@@ -153,7 +157,7 @@ class _Connection(asyncio.Protocol):
             self.transport.close()
         else:
             self._idle.append(self)
-        self._done(number, int(head[9:12]), self._data[end + 4 :])
+        self._done(number, int(head[9:12]), body or b"")
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc

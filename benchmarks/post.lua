@@ -1,4 +1,5 @@
--- For wrk: posts the files FOLDER/0.jpg ... FOLDER/(COUNT-1).jpg in turn. Usage: wrk ... -s post.lua URL -- FOLDER COUNT
+-- For wrk: posts the files FOLDER/0.jpg ... FOLDER/(COUNT-1).jpg in turn. Usage:
+-- wrk ... -s post.lua URL -- FOLDER COUNT [NAME: VALUE ...], with the headers, by default of a JPEG.
 -- Requests are built once; sending one costs a table look-up.
 
 local requests, count, at = {}, 0, 0
@@ -6,9 +7,14 @@ local requests, count, at = {}, 0, 0
 function init(arguments)
   local folder = arguments[1]
   count = tonumber(arguments[2])
+  local headers = {["Content-Type"] = "image/jpeg"}
+  for position = 3, #arguments do
+    local name, value = arguments[position]:match("^(.-): (.*)$")
+    headers[name] = value
+  end
   for number = 0, count - 1 do
     local file = assert(io.open(folder .. "/" .. number .. ".jpg", "rb"))
-    requests[number] = wrk.format("POST", nil, {["Content-Type"] = "image/jpeg"}, file:read("*a"))
+    requests[number] = wrk.format("POST", nil, headers, file:read("*a"))
     file:close()
   end
 end

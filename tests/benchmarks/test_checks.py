@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import drain, host_cpu, hostile, swaps
-from benchmarks.clients import Asked, Reply
+from benchmarks.clients import Asked, Reply, dechunked
 from benchmarks.harness import ROOT, Report, Snapshot, Window
 from benchmarks.offline import Known, RawLoop, know_bundle, thresholds_for
 from server.bench.photos import photo, photos
@@ -184,3 +184,10 @@ def test_the_raw_loop_brings_every_image_to_its_own_exit(bundle: Bundle) -> None
 def test_a_photo_is_the_same_every_time() -> None:
     assert photo(3) == photo(3) != photo(4)
     assert photo(3).startswith(b"\xff\xd8\xff")
+
+
+@pytest.mark.parametrize("cut", range(24))
+def test_a_body_in_chunks_is_known_once_its_end_is_there(cut: int) -> None:
+    whole = b'4\r\n{"a"\r\n4;x=1\r\n: 1}\r\n0\r\n\r\n'
+    assert dechunked(whole) == b'{"a": 1}'
+    assert dechunked(whole[:cut]) is None
