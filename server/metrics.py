@@ -12,9 +12,9 @@ from __future__ import annotations
 import platform
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from server.budget.controller import BudgetState
     from server.budget.drift import DriftState
     from server.bundle.profile import LiveProfile
+    from server.frontend.front import Figures
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time beside every series would make half of each scrape
 
@@ -52,6 +53,31 @@ AUDIT_REASONS = ("full", "engine_failed")  # of Metrics.audit_dropped
 
 # From a tenth of a millisecond (a queue that is empty) to the largest sensible deadline.
 SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class RequestCounts(Protocol):
+    """What is counted where HTTP is spoken."""
+
+    def request_finished(self, route: str, status: int, seconds: float) -> None:
+        """`route`: the path of a route of ours, or "other"; never what the client sent."""
+        ...
+
+    def request_refused(self, code: str) -> None: ...
+
+    def decoded(self, seconds: float) -> None: ...
+
+
+DECODE = "decode"  # among the routes of `Counted.seconds`
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a process that speaks HTTP has counted: requests by route and status, refusals by code, and seconds by
+    route: how many fell into each bucket of SECONDS and beyond, and their sum."""
+
+    requests: Mapping[tuple[str, int], int]
+    refused: Mapping[str, int]
+    seconds: Mapping[str, tuple[Sequence[int], float]]
 
 
 class Metrics:
@@ -90,6 +116,9 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self._restarts = Counter(
+            "dvt_frontend_restarts", "Front ends that took the place of one that had died.", registry=self.registry
+        )
         ProcessCollector(registry=self.registry)
 
         # Every series exists from the start, so that a rate over it never misses its first event.
@@ -105,7 +134,6 @@ class Metrics:
     # What the edge tells
 
     def request_finished(self, route: str, status: int, seconds: float) -> None:
-        """`route`: the path of a route of ours, or "other"; never what the client sent."""
         busy = self._busy
         busy.requests[route, status] = busy.requests.get((route, status), 0) + 1
         seconds_of = busy.request_seconds.get(route)
@@ -118,6 +146,21 @@ class Metrics:
 
     def decoded(self, seconds: float) -> None:
         self._busy.decode.add(seconds)
+
+    def frontend_restarted(self) -> None:
+        self._restarts.inc()
+
+    def add(self, counted: Counted) -> None:
+        """What was counted elsewhere, and not told before."""
+        busy = self._busy
+        for (route, status), count in counted.requests.items():
+            busy.requests[route, status] = busy.requests.get((route, status), 0) + count
+        for code, count in counted.refused.items():
+            self._refused.labels(code).inc(count)
+        for name, (counts, seconds) in counted.seconds.items():
+            spread = busy.decode if name == DECODE else busy.request_seconds.setdefault(name, _Spread())
+            spread.counts = [one + more for one, more in zip(spread.counts, counts, strict=True)]
+            spread.sum += seconds
 
     # What the batcher tells (core.Observer)
 
@@ -159,13 +202,11 @@ class Metrics:
         *,
         queue_depths: Callable[[], Mapping[int, int]],
         slots_in_use: Callable[[], int],
-        connections: Callable[[], int],
-        requests_in_flight: Callable[[], int],
-        held_bytes: Callable[[], int],
+        figures: Callable[[], Figures],
+        front_ends: Callable[[], int],
         budget: Callable[[], BudgetState],
         ready: Callable[[], bool],
-        oldest: Callable[[], Mapping[str, float]],
-        stalled: Callable[[], Mapping[str, int]],
+        executors: Callable[[], tuple[float, int]],
         profile: Callable[[], LiveProfile | None],
         kappa: Callable[[], float],
         arrival_rate: Callable[[], float],
@@ -176,13 +217,11 @@ class Metrics:
         self._live.sources = {
             "queue_depths": queue_depths,
             "slots_in_use": slots_in_use,
-            "connections": connections,
-            "requests_in_flight": requests_in_flight,
-            "held_bytes": held_bytes,
+            "figures": figures,
+            "front_ends": front_ends,
             "budget": budget,
             "ready": ready,
-            "oldest": oldest,
-            "stalled": stalled,
+            "executors": executors,
             "profile": profile,
             "kappa": kappa,
             "arrival_rate": arrival_rate,
@@ -319,6 +358,8 @@ class _Live(Collector):
         profile: LiveProfile | None = now.get("profile")
         audit: AuditState | None = now.get("audit")
         drift: DriftState | None = now.get("drift")
+        at: Figures | None = now.get("figures")
+        age_s, stalled = now.get("executors", (0.0, 0))
         stages = profile.stages if profile else ()
         yield from _of_budget(budget)
         for name, help_, label, values in (
@@ -327,13 +368,13 @@ class _Live(Collector):
                 "dvt_oldest_run_seconds",
                 "Age of the oldest batch or image that a thread is at, by the kind of thread; 0 where all are idle.",
                 "threads",
-                now.get("oldest", {}),
+                {"executor": age_s, "decode": at.decode_age_s} if at else {},
             ),
             (
                 "dvt_stalled_threads",
                 "Threads that have been at one batch or image for longer than DVT_STALL_TIMEOUT_S allows.",
                 "threads",
-                now.get("stalled", {}),
+                {"executor": stalled, "decode": at.decodes_stalled} if at else {},
             ),
             (
                 "dvt_profile_fixed_seconds",
@@ -379,9 +420,10 @@ class _Live(Collector):
                 now.get("arrival_rate"),
             ),
             ("dvt_slots_in_use", "Images whose reuse state is kept between stages.", now.get("slots_in_use")),
-            ("dvt_connections", "Connections open.", now.get("connections")),
-            ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),
-            ("dvt_held_bytes", "Bytes of request bodies in memory.", now.get("held_bytes")),
+            ("dvt_connections", "Connections open.", at.connections if at else None),
+            ("dvt_requests_in_flight", "Requests taken in and not yet answered.", at.requests if at else None),
+            ("dvt_held_bytes", "Bytes of request bodies in memory.", at.held_bytes if at else None),
+            ("dvt_frontends", "Front-end processes at work; 0 where there is but one process.", now.get("front_ends")),
             (
                 "dvt_audits_pending",
                 "Images of answered requests that wait to be audited.",
