@@ -71,6 +71,7 @@ _WEIGHT = {"image/webp": 2.0}
 
 _QUICK_PIXELS = 128 * 128  # before and after: a JPEG that takes less time than it takes to wake a thread for it
 _QUICK_BYTES = 16 * 1024
+_QUICK_SEGMENTS = 32  # before the picture: encoders write about ten
 _TAKES_TURNS = 4_000_000  # weighted pixels; an image above that, about 32 MB, is decoded alone
 _large_image = Lock()
 
@@ -133,13 +134,14 @@ def decode(
     ImageTooLarge (more pixels, or a longer shape, than `limits` allow; told from the header), or
     BadImage(reason=...) (everything else: empty, truncated, corrupt, too small). With `wait_for_turn=False` also
     NeedsTurnError, at once, for an image so large that it takes turns with other large ones. With `only_quick`
-    NeedsThreadError, for all but small JPEGs of one scan: those take some tens of microseconds, whatever is in them.
+    NeedsThreadError, for all but small JPEGs of one scan that libjpeg-turbo takes: those take some tens of
+    microseconds, a third of a millisecond at most, whatever is in them.
     """
     if only_quick and (len(data) > _QUICK_BYTES or preprocessing.resize**2 > _QUICK_PIXELS):
         raise NeedsThreadError
     media_type = _media_type(data, content_type)
     try:
-        jpeg = _JpegHeader.read(data) if media_type == "image/jpeg" else None
+        jpeg = _JpegHeader.read(data, only_quick) if media_type == "image/jpeg" else None
         width, height = jpeg.size if jpeg is not None else _declared_size(data, media_type)
         _check(width, height, media_type, limits)
         if only_quick and (jpeg is None or jpeg.several_scans or width * height > _QUICK_PIXELS):
@@ -152,6 +154,8 @@ def decode(
         with _large_image if large else nullcontext():
             if jpeg is not None and (pixels := _decode_jpeg(data, jpeg, preprocessing)) is not None:
                 return pixels
+            if only_quick:
+                raise NeedsThreadError
             return _decode_with_pillow(data, media_type, preprocessing, limits)
     except (ServeError, NeedsTurnError, NeedsThreadError):
         raise
@@ -320,8 +324,9 @@ class _JpegHeader:
     several_scans: bool  # then libjpeg holds the coefficients of the whole image
 
     @classmethod
-    def read(cls, data: bytes) -> _JpegHeader:
-        """Walk the segments. Raises BadImage without a frame header, or for more scans than any encoder writes."""
+    def read(cls, data: bytes, only_quick: bool = False) -> _JpegHeader:
+        """Walk the segments. Raises BadImage without a frame header, or for more scans than any encoder writes; with
+        `only_quick` NeedsThreadError for more segments than one would expect."""
         size, orientation, components, several_scans = None, 1, 0, True
         at, number, scans = 2, 0, 0
         # The entropy-coded data is skipped: no marker that counts is in it.
@@ -344,6 +349,8 @@ class _JpegHeader:
                     raise _bad(f"a JPEG of more than {_MAX_SCANS} scans")
             at += max(length, 2)
             number += 1
+            if only_quick and number > _QUICK_SEGMENTS:
+                raise NeedsThreadError
             if number > _MAX_SEGMENTS:
                 raise _bad(f"a JPEG of more than {_MAX_SEGMENTS} segments")
         if size is None:

@@ -807,15 +807,11 @@ class TestHangUps:
     ) -> None:
         async with serve(audit_fraction=1) as served:
             engine.gates[2].clear()
-            left = asyncio.Event()
             sent: list[Any] = []
-            body = [{"type": "http.request", "body": photo(UNSURE, SURE), "more_body": False}]
+            at_hang_up: list[Any] = []  # as `connection.Exchange` is told what to do
 
             async def receive() -> Any:
-                if body:
-                    return body.pop()
-                await left.wait()
-                return {"type": "http.disconnect"}
+                return {"type": "http.request", "body": photo(UNSURE, SURE), "more_body": False}
 
             async def send(message: Any) -> None:
                 sent.append(message)
@@ -823,14 +819,16 @@ class TestHangUps:
             scope = {
                 "type": "http", "method": "POST", "path": "/classify", "query_string": b"", "http_version": "1.1",
                 "headers": [(b"content-type", b"image/png"), (b"content-length", b"9")],
+                "state": {"hang_up": at_hang_up.append},
             }  # fmt: skip
             app = served.http._transport.app
             request = asyncio.create_task(app(scope, receive, send))
             await asyncio.to_thread(engine.began.acquire)  # stage 1
             await asyncio.to_thread(engine.began.acquire)  # stage 2, held
             assert engine.slots_in_use == 1
-            left.set()
+            at_hang_up[-1]()
             await request
+            assert at_hang_up[-1] is None, "nothing is kept of a request that is over"
             assert sent == []
             assert not served.service.intake.requests
             assert await served.metric("dvt_requests_total", route="/classify", status="499") == 1
