@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 END_S = 5.0  # from the engine's end to ours, at the latest
 _FIRST_WORD_S = 30.0
+_AT_ONCE = 2  # connections
+_PAUSE_S = 0.001
 
 
 def main(link: int, memory: int, listener: int) -> None:
@@ -143,32 +145,36 @@ class FrontServer(uvicorn.Server):
             process.settle()
             self._accepts = True
             self._listener.setblocking(False)
-            self._loop.add_reader(self._listener, self._accept)
+            self._look()
         elif kind in (Kind.SHUT, Kind.FINISH):
             if self._accepts:
                 self._accepts = False
                 self._loop.remove_reader(self._listener)
+                self._listener.close()  # so that, where the engine's process is gone, the next server gets the address
             if kind == Kind.FINISH:
                 self.lost = self._link.lost
                 self.should_exit = True
 
     def _accept(self) -> None:
-        """One a turn: the others look, too."""
-        try:
-            accepted, _ = self._listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:  # no descriptors: later, perhaps
-            log.warning("no connection can be accepted: %s", error)
-            self._loop.remove_reader(self._listener)
-            self._loop.call_later(0.1, self._accept_again)
-            return
-        accepted.setblocking(False)
-        task = self._loop.create_task(self._connect(accepted))
-        self.server_state.tasks.add(task)
-        task.add_done_callback(self.server_state.tasks.discard)
+        """A few, and then a pause, in which the others look: who is awake would take all that come at once."""
+        self._loop.remove_reader(self._listener)
+        pause_s = _PAUSE_S
+        for _ in range(_AT_ONCE):
+            try:
+                accepted, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                break
+            except OSError as error:  # no descriptors: later, perhaps
+                log.warning("no connection can be accepted: %s", error)
+                pause_s = 0.1
+                break
+            accepted.setblocking(False)
+            task = self._loop.create_task(self._connect(accepted))
+            self.server_state.tasks.add(task)
+            task.add_done_callback(self.server_state.tasks.discard)
+        self._loop.call_later(pause_s, self._look)
 
-    def _accept_again(self) -> None:
+    def _look(self) -> None:
         if self._accepts:
             self._loop.add_reader(self._listener, self._accept)
 
