@@ -39,6 +39,16 @@ def test_host_cpu_is_split_by_thread(run: Run) -> None:
     assert all(by_thread[group] > 0 for group in ("loop", "executor", "decode"))
 
 
+@with_wrk
+def test_front_ends_are_compared_with_one_process(run: Run) -> None:
+    results = run(
+        "frontends", "--rounds", "1", "--seconds", "0.3", "--settle", "0.2", "--images", "4", "--front-ends", "0", "1"
+    )
+    assert results["broken"] == []
+    assert results["figures"]["0"]["front ends"] == 0
+    assert results["figures"]["1"]["front ends"] > 0
+
+
 def test_a_lone_request_is_compared_with_the_bare_engine(run: Run) -> None:
     results = run("latency", "--requests", "20")
     assert results["broken"] == []
