@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SUBMIT, _ARRIVED = int(Kind.SUBMIT), int(Kind.ARRIVED)
 _FREED_S = 0.005  # so long slots may wait to be given back together
 _PAST_S = 3600.0  # no request has been in a server for longer
 _FUTURE_S = 1.0
@@ -172,9 +173,9 @@ class Link(asyncio.Protocol):
         if self._gone or self._transport.is_closing():
             return
         kind = record.kind
-        if kind == Kind.SUBMIT:
+        if kind == _SUBMIT:
             self._submit(record)
-        elif kind == Kind.ARRIVED:
+        elif kind == _ARRIVED:
             images, timeout_s, priority = records.get_arrived(record)
             if timeout_s > self._longest_s:
                 raise BadRecord(f"a timeout of {timeout_s} s")
@@ -235,7 +236,7 @@ class Link(asyncio.Protocol):
 
     def _let_go(self, held: _Held) -> None:
         """Nobody has these pixels any more. Called wherever the last one let go of them, so by any thread."""
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread and not self._gone:
             self._loop.call_soon_threadsafe(self._free, held.slot)
         else:
             self._free(held.slot)

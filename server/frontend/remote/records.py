@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -76,6 +76,8 @@ _FIXED = {
 TO_ENGINE = tuple(kind for kind in Kind if kind < Kind.WELCOME)
 TO_FRONT_END = tuple(kind for kind in Kind if kind >= Kind.WELCOME)
 _PHASES = tuple(Phase)
+_FLOAT = np.dtype("<f4")
+_IS_ANSWER = int(Kind.ANSWER)  # the enumeration is slow to look things up in
 PRIORITIES: tuple[Priority, ...] = (HIGH, NORMAL, LOW)
 
 
@@ -83,10 +85,9 @@ class BadRecord(Exception):
     """What no peer of ours sends."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     kind: int
-    count: int
+    items: int  # how many
     number: int  # of the request
     data: bytes  # behind the header
 
@@ -155,9 +156,9 @@ def arrived(images: int, timeout_s: float, priority: Priority) -> bytes:
 
 def get_arrived(record: Record) -> tuple[int, float, Priority]:
     timeout_s, priority = _ARRIVED.unpack(record.data)
-    if not (0 < timeout_s < math.inf and record.count):
+    if not (0 < timeout_s < math.inf and record.items):
         raise BadRecord("images that cannot have arrived")
-    return record.count, timeout_s, _priority(priority)
+    return record.items, timeout_s, _priority(priority)
 
 
 def submit(number: int, slots: Sequence[int], terms: Terms) -> bytes:
@@ -196,9 +197,9 @@ def _priority(number: int) -> Priority:
 
 
 def _slots(record: Record, at: int) -> list[int]:
-    if record.count == 1:  # as a rule
+    if record.items == 1:  # as a rule
         return [int.from_bytes(record.data[at : at + 4], "little")]
-    slots: list[int] = np.frombuffer(record.data, "<u4", record.count, at).tolist()
+    slots: list[int] = np.frombuffer(record.data, "<u4", record.items, at).tolist()
     if not slots:
         raise BadRecord("no slots")
     return slots
@@ -242,13 +243,13 @@ def get_door(record: Record) -> Door:
 
 
 def answer(number: int, of: Answer) -> bytes:
-    parts = [
-        _HEADER.pack(VERSION, Kind.ANSWER, len(of.results), number),
-        _ANSWER.pack(of.decided, of.point.version),
-    ]
+    parts = [_HEADER.pack(VERSION, _IS_ANSWER, len(of.results), number) + _ANSWER.pack(of.decided, of.point.version)]
     for one in of.results:
         parts.append(_IMAGE.pack(one.queue_s, one.compute_s, one.confidence, one.exit, one.degraded))
-        parts.append(one.probabilities.astype("<f4", copy=False).tobytes())
+        probabilities = one.probabilities
+        if probabilities.dtype != _FLOAT:
+            probabilities = probabilities.astype(_FLOAT)
+        parts.append(probabilities.tobytes())
     return b"".join(parts)
 
 
@@ -256,9 +257,9 @@ def get_answer(record: Record, exits: int) -> Answer:
     """What an answer is shaped from; of its operating point only the version, and no earlier confidences."""
     data = record.data
     decided, version = _ANSWER.unpack_from(data)
-    at, size = _ANSWER.size, (len(data) - _ANSWER.size) // max(1, record.count)
+    at, size = _ANSWER.size, (len(data) - _ANSWER.size) // max(1, record.items)
     results = []
-    for _ in range(record.count):
+    for _ in range(record.items):
         queue_s, compute_s, confidence, exit_, degraded = _IMAGE.unpack_from(data, at)
         if not 1 <= exit_ <= exits:
             raise BadRecord(f"exit {exit_}")

@@ -47,7 +47,7 @@ def get(record: Record) -> Any:
     }
     if kind in one:
         return one[Kind(kind)](record)
-    return records.get_document(record) if record.count else None
+    return records.get_document(record) if record.items else None
 
 
 terms = st.builds(
