@@ -20,7 +20,7 @@ from server.budget.places import Places
 from server.bundle.manifest import Manifest
 from server.cascade.scheduler import Priority
 from server.core import Answer, Pixels
-from server.errors import Draining, EngineFailed, Overloaded, ServeError
+from server.errors import Draining, EngineFailed, HeaderTooLarge, Overloaded, ServeError
 from server.frontend.edge import Edge, new_request_id, problem, thin
 from server.frontend.front import Front, Phase, queue_full, threads_stalled
 from server.frontend.origin import AllowedHosts
@@ -173,18 +173,20 @@ class EngineLink(asyncio.Protocol, Front):
 
     async def pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the engine's process answer."""
-        if len(self._asked) >= records.MAX_ASKED:
-            await _refused(Overloaded(f"{records.MAX_ASKED} requests wait for other paths", retry_after_s=1))(
-                scope, receive, send
-            )
-            return
         number = self._next_number()
+        try:
+            if len(self._asked) >= records.MAX_ASKED:
+                raise Overloaded(f"{records.MAX_ASKED} requests wait for other paths", retry_after_s=1)
+            ask = _ask(scope, number)
+        except ServeError as error:
+            await _refused(error)(scope, receive, send)
+            return
         queue: asyncio.Queue[Record | None] = asyncio.Queue()  # bounded: the other side waits for what it asked
         self._asked[number] = queue
         began = False
         bodies: list[asyncio.Task[None]] = []  # at most one that is not done
         try:
-            self.write(records.document(Kind.ASK, _described(scope), number))
+            self.write(ask)
             while not self.lost and (record := await queue.get()) is not None:
                 if record.kind == Kind.WANT:  # beside the answer: it may come before the body is there, or wanted
                     bodies = [self._loop.create_task(self._fetch(receive, number))]
@@ -231,10 +233,14 @@ def _as_message(content: dict[str, Any]) -> Message:
     return content
 
 
-def _described(scope: Scope) -> dict[str, Any]:
+def _ask(scope: Scope, number: int) -> bytes:
+    """Raises HeaderTooLarge."""
     texts = {name: scope[name].decode("latin-1") for name in ("raw_path", "query_string")}
     same = {name: scope[name] for name in ("http_version", "method", "path", "client", "server")}
-    return {**same, **texts, "headers": records.as_text(scope["headers"])}
+    try:
+        return records.document(Kind.ASK, {**same, **texts, "headers": records.as_text(scope["headers"])}, number)
+    except ValueError:
+        raise HeaderTooLarge("The header is larger than what can be passed on") from None
 
 
 class FrontApp:
