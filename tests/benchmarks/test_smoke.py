@@ -49,6 +49,12 @@ def test_front_ends_are_compared_with_one_process(run: Run) -> None:
     assert results["figures"]["1"]["front ends"] > 0
 
 
+def test_a_link_is_flooded(run: Run) -> None:
+    results = run("flooded_link", "--rounds", "1", "--count", "200")
+    assert results["broken"] == []
+    assert results["figures"]["loop_cpu_us"] > 0
+
+
 def test_a_lone_request_is_compared_with_the_bare_engine(run: Run) -> None:
     results = run("latency", "--requests", "20")
     assert results["broken"] == []
