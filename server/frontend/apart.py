@@ -150,6 +150,7 @@ class FrontServer(uvicorn.Server):
             if self._accepts:
                 self._accepts = False
                 self._loop.remove_reader(self._listener)
+                self._accept_the_rest()
                 self._listener.close()  # so that, where the engine's process is gone, the next server gets the address
             if kind == Kind.FINISH:
                 self.lost = self._link.lost
@@ -159,20 +160,31 @@ class FrontServer(uvicorn.Server):
         """A few, and then a pause, in which the others look: who is awake would take all that come at once."""
         self._loop.remove_reader(self._listener)
         pause_s = _PAUSE_S
-        for _ in range(_AT_ONCE):
-            try:
-                accepted, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                break
-            except OSError as error:  # no descriptors: later, perhaps
-                log.warning("no connection can be accepted: %s", error)
-                pause_s = 0.1
-                break
-            accepted.setblocking(False)
-            task = self._loop.create_task(self._connect(accepted))
-            self.server_state.tasks.add(task)
-            task.add_done_callback(self.server_state.tasks.discard)
+        try:
+            for _ in range(_AT_ONCE):
+                self._take()
+        except BlockingIOError:
+            pass
+        except OSError as error:  # no descriptors: later, perhaps
+            log.warning("no connection can be accepted: %s", error)
+            pause_s = 0.1
         self._loop.call_later(pause_s, self._look)
+
+    def _accept_the_rest(self) -> None:
+        with contextlib.suppress(OSError):  # BlockingIOError: there is no more
+            while True:
+                self._take()
+
+    def _take(self) -> None:
+        """Raises OSError."""
+        try:
+            accepted, _ = self._listener.accept()
+        except ConnectionAbortedError:
+            return
+        accepted.setblocking(False)
+        task = self._loop.create_task(self._connect(accepted))
+        self.server_state.tasks.add(task)
+        task.add_done_callback(self.server_state.tasks.discard)
 
     def _look(self) -> None:
         if self._accepts:
