@@ -57,7 +57,9 @@ def measure(options: Options) -> Report:
                     settled, after = server.settled(), _cpu(server.pid)
                     images = Window(load.window.before, settled).images + load.window.before.total("dvt_images_total")
                     micros = {name: 1e6 * (after[name] - before[name]) / images for name in after}
-                    found[count].append({"images_per_s": load.images_per_s, "p99_ms": load.p99_ms, **micros})
+                    found[count].append(
+                        {"images_per_s": load.images_per_s, "p50_ms": load.p50_ms, "p99_ms": load.p99_ms, **micros}
+                    )
                     failed += load.failed
         for count in options.front_ends:
             with Server(bundle.path, SERVE, timeout_ms=30000, frontends=count, profile_seconds=0) as server:
@@ -68,7 +70,10 @@ def measure(options: Options) -> Report:
         middle = {name: statistics.median(one.get(name, 0.0) for one in rounds) for name in rounds[0]}
         of_loops = [middle["engine loop"]] + ([middle["front ends"] / count] if count else [])
         ceiling = 1e6 / max(of_loops)
-        report.add(f"{count} front ends", f"{middle['images_per_s']:8.0f} images/s, p99 {middle['p99_ms']:.1f} ms")
+        report.add(
+            f"{count} front ends",
+            f"{middle['images_per_s']:8.0f} images/s, p50 {middle['p50_ms']:.1f}, p99 {middle['p99_ms']:.1f} ms",
+        )
         for name in ("engine loop", "engine threads", "front ends"):
             report.add(f"  {name}", f"{middle[name]:8.1f} us an image")
         for part, share in sorted(parts[count].items(), key=lambda item: -item[1]):

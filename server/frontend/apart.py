@@ -79,14 +79,13 @@ class _EngineGone(Exception):
 
 
 class _Start:
-    """What the engine's process says first."""
+    """What the engine's process says first; more it says when it has heard HELLO."""
 
     def __init__(self, to_engine: socket.socket) -> None:
         reader = Reader([Kind.WELCOME], max_items=0)
         to_engine.settimeout(_FIRST_WORD_S)
         record = None
         while record is None:
-            # Byte by byte would be slow, and more than this record must not be taken: the engine waits for our HELLO.
             data = to_engine.recv(2**16)
             if not data:
                 raise _EngineGone

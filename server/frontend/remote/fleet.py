@@ -80,7 +80,6 @@ class Fleet:
         self._door = Door()
         self._door_is_due = False
         self._accepting = False
-        self._ending = False
         service.apart = self
 
     # -- start and end
@@ -108,7 +107,6 @@ class Fleet:
 
     async def finish(self) -> None:
         """End them, behind what they have to answer."""
-        self._ending = True
         for keeper in self._keepers:
             keeper.cancel()
         if self._keepers:
