@@ -11,7 +11,7 @@ import threading
 PR_SET_NAME = 15  # linux/prctl.h; at most 15 bytes are kept
 
 
-def main() -> None:
+def name_threads() -> None:
     set_name = ctypes.CDLL(None).prctl
     run = threading.Thread.run
 
@@ -20,6 +20,10 @@ def main() -> None:
         run(thread)
 
     threading.Thread.run = named  # type: ignore[method-assign]
+
+
+def main() -> None:
+    name_threads()
     from server.__main__ import main as dvt
 
     dvt()

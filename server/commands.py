@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import sys
-import warnings
 from contextlib import aclosing
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
@@ -68,6 +67,10 @@ def serve(
         str | None,
         typer.Option(metavar="auto|onnx|tensorrt|torch-cuda|onnx-cuda", help="What runs the stages.  [default: auto]"),
     ] = None,
+    frontends: Annotated[
+        int | None,
+        typer.Option(min=0, max=64, help="Processes for HTTP and decoding, beside the engine's.  [default: 0, none]"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, warm up, and exit: is all in order?")] = False,
 ) -> None:
     """Serve a bundle over HTTP.
@@ -80,9 +83,10 @@ def serve(
       dvt serve my-bundle --port 9000
       DVT_CONTROL_TOKEN_FILE=token dvt serve my-bundle --host 0.0.0.0
       dvt serve my-bundle --engine torch-cuda
+      dvt serve my-bundle --engine torch-cuda --frontends 4
       dvt serve my-bundle --dry-run
     """
-    given = {"bundle": bundle, "host": host, "port": port, "engine": engine}
+    given = {"bundle": bundle, "host": host, "port": port, "engine": engine, "frontends": frontends}
     try:
         settings = read_settings({name: value for name, value in given.items() if value is not None})
         start(settings, dry_run)
@@ -94,7 +98,7 @@ def start(settings: Settings, dry_run: bool) -> None:
     """Build the server and run it. Raises SettingsError, or ClickException for a bundle that cannot be served."""
     process.raise_descriptor_limit()
     process.log_to_stderr(settings.log_level)
-    hush()
+    process.hush()
     if not dry_run:
         process.hear_stop(lambda _: process.leave(0))  # until there is a server to stop
     # Heavy: kept away from the other commands, and from --help.
@@ -150,16 +154,6 @@ def start(settings: Settings, dry_run: bool) -> None:
         if not ended_well:
             log.critical("the server failed")
         process.leave(0 if ended_well else 1)
-
-
-def hush() -> None:
-    """Keep libraries from warning of what clients send. Before the first thread starts: warnings have one filter for
-    all of them. (What libraries log is `process.log_to_stderr`'s.)
-
-    Pillow warns of broken EXIF blocks, APNG headers, palettes and much more, once for every text that it comes upon,
-    and Python remembers every one of those texts.
-    """
-    warnings.filterwarnings("ignore", module=r"PIL\.|server\.frontend\.images\Z")  # ours, where it blames who called it
 
 
 def calibrate(
@@ -406,7 +400,7 @@ def batch(
         raise click.UsageError(f"--resume does not go with {'--force' if force else '--output -'}")
     if "-" in images and len(images) > 1:
         raise click.UsageError("- stands for all names: it does not go with others")
-    hush()
+    process.hush()
     try:
         with Cascade.open(
             bundle,

@@ -21,6 +21,7 @@ ServeError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 STORE_REASONS = ("unreachable", "timeout", "denied", "missing", "expired", "other")
@@ -159,6 +160,15 @@ class DeadlineExceeded(ServeError):
 
 class HttpVersionNotSupported(ServeError):
     status, code, title = 505, "http_version_not_supported", "The version of HTTP is not supported"
+
+
+def _kinds(of: type[ServeError]) -> Iterator[type[ServeError]]:
+    for kind in of.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+BY_CODE = {kind.code: kind for kind in _kinds(ServeError)}
 
 
 class BundleError(Exception):

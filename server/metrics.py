@@ -12,9 +12,9 @@ from __future__ import annotations
 import platform
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import accumulate, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from server.budget.fleet import FleetState
     from server.bundle.frontier import FrontierRow
     from server.bundle.profile import LiveProfile
+    from server.frontend.front import Figures
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time beside every series would make half of each scrape
 
@@ -64,6 +65,35 @@ OUTLINE_STEPS = 16
 
 # From a tenth of a millisecond (a queue that is empty) to the largest sensible deadline.
 SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class RequestCounts(Protocol):
+    """What is counted where HTTP is spoken."""
+
+    def request_finished(self, route: str, status: int, seconds: float, priority: str = "", hurried: str = "") -> None:
+        """`route`: the path of a route of ours, or "other"; never what the client sent. `priority`: one of PRIORITIES,
+        or nothing; `hurried`: "true", "false" or nothing."""
+        ...
+
+    def answered(self, priority: str, seconds: float) -> None: ...
+
+    def request_refused(self, code: str) -> None: ...
+
+    def decoded(self, seconds: float) -> None: ...
+
+
+DECODE = "decode"  # among the routes of `Counted.seconds`
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a process that speaks HTTP has counted: requests by route, status, priority and hurry, refusals by code, and
+    seconds by route, and by the priority of who was answered: how many fell into each bucket of SECONDS and beyond, and
+    their sum."""
+
+    requests: Mapping[tuple[str, int, str, str], int]
+    refused: Mapping[str, int]
+    seconds: Mapping[str, tuple[Sequence[int], float]]
 
 
 class Metrics:
@@ -111,6 +141,9 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self._restarts = Counter(
+            "dvt_frontend_restarts", "Front ends that took the place of one that had died.", registry=self.registry
+        )
         ProcessCollector(registry=self.registry)
 
         # Every series exists from the start, so that a rate over it never misses its first event.
@@ -130,8 +163,6 @@ class Metrics:
     # What the edge tells
 
     def request_finished(self, route: str, status: int, seconds: float, priority: str = "", hurried: str = "") -> None:
-        """`route`: the path of a route of ours, or "other"; never what the client sent. `priority`: one of PRIORITIES,
-        or nothing; `hurried`: "true", "false" or nothing."""
         busy, key = self._busy, (route, status, priority, hurried)
         busy.requests[key] = busy.requests.get(key, 0) + 1
         seconds_of = busy.request_seconds.get(route)
@@ -147,6 +178,23 @@ class Metrics:
 
     def decoded(self, seconds: float) -> None:
         self._busy.decode.add(seconds)
+
+    def frontend_restarted(self) -> None:
+        self._restarts.inc()
+
+    def add(self, counted: Counted) -> None:
+        """What was counted elsewhere, and not told before."""
+        busy = self._busy
+        for key, count in counted.requests.items():
+            busy.requests[key] = busy.requests.get(key, 0) + count
+        for code, count in counted.refused.items():
+            self._refused.labels(code).inc(count)
+        for name, (counts, seconds) in counted.seconds.items():
+            spread = busy.answers.get(name) or (
+                busy.decode if name == DECODE else busy.request_seconds.setdefault(name, _Spread())
+            )
+            spread.counts = [one + more for one, more in zip(spread.counts, counts, strict=True)]
+            spread.sum += seconds
 
     # What the batcher tells (core.Observer)
 
@@ -202,15 +250,13 @@ class Metrics:
         frontier: Sequence[FrontierRow],
         queue_depths: Callable[[], Mapping[int, int]],
         slots_in_use: Callable[[], int],
-        connections: Callable[[], int],
-        requests_in_flight: Callable[[], int],
-        held_bytes: Callable[[], int],
+        figures: Callable[[], Figures],
+        front_ends: Callable[[], int],
         budget: Callable[[], BudgetState],
         held_gmacs: Callable[[], float | None],
         fleet: Callable[[], FleetState],
         ready: Callable[[], bool],
-        oldest: Callable[[], Mapping[str, float]],
-        stalled: Callable[[], Mapping[str, int]],
+        running: Callable[[], tuple[float, int]],
         profile: Callable[[], LiveProfile | None],
         kappa: Callable[[], float],
         arrival_rate: Callable[[], float],
@@ -225,15 +271,13 @@ class Metrics:
             "outline": lambda: outline,
             "queue_depths": queue_depths,
             "slots_in_use": slots_in_use,
-            "connections": connections,
-            "requests_in_flight": requests_in_flight,
-            "held_bytes": held_bytes,
+            "figures": figures,
+            "front_ends": front_ends,
             "budget": budget,
             "held_gmacs": held_gmacs,
             "fleet": fleet,
             "ready": ready,
-            "oldest": oldest,
-            "stalled": stalled,
+            "running": running,
             "profile": profile,
             "kappa": kappa,
             "arrival_rate": arrival_rate,
@@ -386,6 +430,8 @@ class _Live(Collector):
         profile: LiveProfile | None = now.get("profile")
         audit: AuditState | None = now.get("audit")
         drift: DriftState | None = now.get("drift")
+        at: Figures | None = now.get("figures")
+        age_s, stalled = now.get("running", (0.0, 0))
         stages = profile.stages if profile else ()
         outline: Mapping[int, FrontierRow] = now.get("outline", {})
         yield from _of_budget(budget)
@@ -414,13 +460,13 @@ class _Live(Collector):
                 "dvt_oldest_run_seconds",
                 "Age of the oldest batch or image that a thread is at, by the kind of thread; 0 where all are idle.",
                 "threads",
-                now.get("oldest", {}),
+                {"executor": age_s, "decode": at.decode_age_s} if at else {},
             ),
             (
                 "dvt_stalled_threads",
                 "Threads that have been at one batch or image for longer than DVT_STALL_TIMEOUT_S allows.",
                 "threads",
-                now.get("stalled", {}),
+                {"executor": stalled, "decode": at.decodes_stalled} if at else {},
             ),
             (
                 "dvt_profile_fixed_seconds",
@@ -472,9 +518,10 @@ class _Live(Collector):
                 now.get("held_gmacs"),
             ),
             ("dvt_slots_in_use", "Images whose reuse state is kept between stages.", now.get("slots_in_use")),
-            ("dvt_connections", "Connections open.", now.get("connections")),
-            ("dvt_requests_in_flight", "Requests taken in and not yet answered.", now.get("requests_in_flight")),
-            ("dvt_held_bytes", "Bytes of request bodies in memory.", now.get("held_bytes")),
+            ("dvt_connections", "Connections open.", at.connections if at else None),
+            ("dvt_requests_in_flight", "Requests taken in and not yet answered.", at.requests if at else None),
+            ("dvt_held_bytes", "Bytes of request bodies in memory.", at.held_bytes if at else None),
+            ("dvt_frontends", "Front-end processes at work; 0 where there is but one process.", now.get("front_ends")),
             (
                 "dvt_audits_pending",
                 "Images of answered requests that wait to be audited.",

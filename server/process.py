@@ -14,6 +14,7 @@ import os
 import queue
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
@@ -133,6 +134,16 @@ def _is_no_clients_fault(record: logging.LogRecord) -> bool:
     """At the end uvicorn cancels the requests whose clients do not read, or send, on, and logs that twice."""
     cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
     return not cancelled and not str(record.msg).startswith("Cancel %s running task(s)")
+
+
+def hush() -> None:
+    """Keep libraries from warning of what clients send. Before the first thread starts: warnings have one filter for
+    all of them. (What libraries log is `log_to_stderr`'s.)
+
+    Pillow warns of broken EXIF blocks, APNG headers, palettes and much more, once for every text that it comes upon,
+    and Python remembers every one of those texts.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.|server\.frontend\.images\Z")  # ours, where it blames who called it
 
 
 # -- the end

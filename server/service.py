@@ -11,11 +11,10 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -37,14 +36,9 @@ from server.calibration.profiling import kept_profile, profile_at_start
 from server.cascade.batcher import Batcher
 from server.cascade.policy import DeepestRipe
 from server.cascade.scheduler import LOW, NORMAL, Priority, Scheduler
-from server.core import Engine, ImageResult
-from server.errors import Draining, Overloaded
-from server.frontend.answer_time import AnswerTime
-from server.frontend.bodies import BodyLimits, Intake
-from server.frontend.connection import ConnectionLimits, Connections
+from server.core import Answer, Engine, ImageResult, Pixels
 from server.frontend.control_token import ControlToken
-from server.frontend.decoding import Decoder
-from server.frontend.images import ImageLimits
+from server.frontend.front import Figures, Front, Phase, queue_full, threads_stalled
 from server.metrics import Metrics
 from server.settings import Settings, SettingsError
 
@@ -53,14 +47,6 @@ log = logging.getLogger(__name__)
 _HANDOVER_S = 5.0  # for the server before this one to be told to stop
 _QUIET = 0.1  # images a second: nobody is there
 _STALLED = 20  # times what a batch is believed to take: no load makes it so slow
-
-
-class Phase(Enum):
-    STARTING = "starting"
-    SERVING = "serving"
-    LEAVING = "leaving"
-    DRAINING = "draining"
-    STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +63,48 @@ class Underway:
         return f"{what.format(self.name)} for {self.age:.1f} s"
 
 
-class Service:
-    """All parts of one server, and the owner of its phase."""
+class Apart(Protocol):
+    """Front ends in processes of their own, where there are any."""
+
+    @property
+    def count(self) -> int:
+        """Of those at work."""
+        ...
+
+    @property
+    def figures(self) -> Figures:
+        """Of all of them together, as they were told last."""
+        ...
+
+    def tell_door(self) -> None:
+        """The phase, or what the queue has room for, may have changed."""
+        ...
+
+    async def wait_idle(self) -> None:
+        """Until none of them has a request, nor one on its way into it, once they know that the server drains."""
+        ...
+
+    async def refresh(self) -> None:
+        """Ask them for what they count."""
+        ...
+
+
+class Service(Front):
+    """All parts of one server, and the owner of its phase: a front whose cascade runs in its own process."""
 
     def __init__(
         self, settings: Settings, bundle: Bundle, engine: Engine, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Raises SettingsError for settings that do not fit the bundle."""
         manifest = bundle.manifest
-        self.settings = settings
-        self.bundle = bundle
-        self.engine = engine
-        self.clock = clock
-        self.phase = Phase.STARTING
-        self.exits = len(manifest.stages)
-        self.stage_gmacs = manifest.stage_gmacs
-        self.control_token = _control_token(settings.control_token_file)
         self.metrics = Metrics(
             model=manifest.name, version=manifest.version, release=release(), stage_gmacs=manifest.stage_gmacs
         )
+        super().__init__(settings, manifest, self.metrics, Places(), clock)
+        self.bundle = bundle
+        self.engine = engine
+        self.apart: Apart | None = None
+        self.control_token = _control_token(settings.control_token_file)
         self.executors = settings.executors or engine.executors
         self.batch_sizes = _batch_sizes(settings, bundle, engine, self.executors)
         self.machine = Machine(
@@ -129,7 +138,6 @@ class Service:
             exits=self.exits,
             version=self.budget.point.version,
         )
-        self.places = Places()
         self.drift = Drift(
             bundle.frontier.records,
             bundle.frontier.samples,
@@ -138,44 +146,22 @@ class Service:
         )
         for follow in (self.batcher.retune, self.audit.retune, self.drift.retune):
             self.budget.on_change(follow)
-        self.connections = Connections(
-            ConnectionLimits(
-                max_connections=settings.max_connections,
-                max_header_bytes=settings.max_header_bytes,
-                header_timeout_s=settings.header_timeout_s,
-                keep_alive_timeout_s=settings.keep_alive_timeout_s,
-                body_timeout_s=settings.body_timeout_s,
-                min_body_bytes_per_s=settings.min_body_bytes_per_s,
-                send_timeout_s=settings.send_timeout_s,
-            ),
-            self.metrics.request_refused,
-        )
-        self.answer_time = AnswerTime()
-        self.intake = Intake(settings.max_requests, settings.max_held_bytes)
-        self.body_limits = BodyLimits(settings.max_body_bytes, settings.max_images)
-        limits = ImageLimits(settings.max_pixels, settings.max_aspect, settings.min_side)
-        self.decoder = Decoder(
-            bundle.preprocessing, limits, settings.decode_threads, settings.max_queued_decodes, clock
-        )
         self.metrics.watch(
             executors=self.executors,
             batch_sizes=self.batch_sizes,
             frontier=bundle.frontier.rows,
             queue_depths=lambda: dict(enumerate(self.batcher.load.waiting, start=1)),
             slots_in_use=lambda: engine.slots_in_use,
-            connections=lambda: self.connections.open,
-            requests_in_flight=lambda: self.intake.requests,
-            held_bytes=lambda: self.intake.held_bytes,
+            figures=self.figures if settings.frontends == 0 else self._figures_apart,
+            front_ends=lambda: 0 if self.apart is None else self.apart.count,
             budget=self.budget.state,
             held_gmacs=lambda: self.budget.held_gmacs,
             fleet=self.fleet.state,
             ready=lambda: self.ready,
-            oldest=lambda: {
-                threads: max((one.age for one in found), default=0.0) for threads, found in self._by_threads().items()
-            },
-            stalled=lambda: {
-                threads: sum(one.stalled for one in found) for threads, found in self._by_threads().items()
-            },
+            running=lambda: (
+                max((one.age for one in self._batches()), default=0.0),
+                sum(one.stalled for one in self._batches()),
+            ),
             profile=lambda: self.machine.profile,
             kappa=lambda: self.machine.tail.kappa,
             arrival_rate=lambda: self.machine.burst.value,
@@ -200,33 +186,34 @@ class Service:
     def ready(self) -> bool:
         return self.phase is Phase.SERVING and self.ailment is None
 
-    @property
-    def closing(self) -> bool:
-        """Whether connections should wind down."""
-        return self.phase not in (Phase.STARTING, Phase.SERVING)
-
     def check_door(self) -> None:
-        """Refuse before the body is read. Raises Draining, Overloaded."""
-        if self.phase not in (Phase.SERVING, Phase.LEAVING):
-            raise Draining(f"The server is {self.phase.value}", retry_after_s=1)
-        # Nothing would come of the wait for a deadline; another replica may answer at once.
-        stalled = [one.threads for one in self._stalled()]
-        if not stalled:
-            return
-        if stalled.count("executor") >= self.executors or stalled.count("decode") >= self.settings.decode_threads:
-            raise Overloaded("The threads that would answer have stalled", retry_after_s=1)
+        self.phase.check()
+        if self.has_stalled():
+            raise threads_stalled()
+        self.check_decoder()
+
+    def has_stalled(self) -> bool:
+        """Whether no executor is believed to come back: nothing would come of the wait for a deadline."""
+        if self.clock() - self.batcher.oldest <= self.settings.stall_timeout_s:  # as a rule; asked for every request
+            return False
+        return sum(one.stalled for one in self._batches()) >= self.executors
 
     def check_queue(self, priority: Priority) -> None:
-        """Refuse before the images are decoded what the queue has no room for. Raises Overloaded.
-
-        After the body was read, not before: so that a refused client keeps its connection, and does not add the cost
-        of a new one to the load.
-        """
         if self.batcher.is_full(priority):
-            raise Overloaded("The queue is full", retry_after_s=1)
+            raise queue_full()
+
+    def submit(self, pixels: Sequence[Pixels], *, arrived: float, **terms: Any) -> Awaitable[Answer]:  # noqa: ARG002
+        return self.batcher.submit(pixels, **terms)
+
+    def note_answer(
+        self, pixels: Sequence[Pixels], answer: Answer, total_s: float, *, steered: bool, low: bool
+    ) -> None:
+        self.drift.observe(answer, steered)
+        self.budget.observe(answer, total_s, steered, low=low)
+        if not steered:
+            self.audit.offer(pixels, answer)
 
     def note_arrival(self, images: int, timeout_s: float, priority: Priority) -> None:
-        """Count what is asked of the server, whether or not it can be done. LOW takes what others leave."""
         if priority < LOW:
             self.machine.arrived(images, timeout_s)
         if self._ticker is None:
@@ -247,34 +234,43 @@ class Service:
         """In the log once, and once when it is over."""
         stalled = self._stalled()
         if stalled and not self._told_stalled:
-            log.error("stalled: %s", "; ".join(map(str, stalled)))
+            log.error("stalled: %s", "; ".join(stalled))
         elif self._told_stalled and not stalled:
             log.warning("what had stalled has come back")
         self._told_stalled = bool(stalled)
+        self._tell_door()
 
-    def _underway(self) -> list[Underway]:
-        """What the threads are at."""
+    def _batches(self) -> list[Underway]:
+        """What the executors are at."""
         now, profile, allowed = self.clock(), self.machine.profile, self.settings.stall_timeout_s
         found = []
         for batch in self.batcher.out:
             age, stage = now - batch.started, batch.run.stage
             stalled = age > allowed and (profile is None or age > _STALLED * profile.seconds(stage, len(batch.images)))
             found.append(Underway("executor", f"stage {stage}", age, stalled))
-        for name, began in self.decoder.out.items():
-            found.append(Underway("decode", name, now - began, now - began > allowed))
         return found
 
-    def _stalled(self) -> list[Underway]:
-        begun = min(self.batcher.oldest, self.decoder.oldest)
-        if self.clock() - begun <= self.settings.stall_timeout_s:  # as a rule; asked for every request
-            return []
-        return [one for one in self._underway() if one.stalled]
+    def _underway(self) -> list[Underway]:
+        """What the threads of this process are at."""
+        now, allowed = self.clock(), self.settings.stall_timeout_s
+        decodes = [
+            Underway("decode", name, now - began, now - began > allowed) for name, began in self.decoder.out.items()
+        ]
+        return self._batches() + decodes
 
-    def _by_threads(self) -> dict[str, list[Underway]]:
-        found: dict[str, list[Underway]] = {"executor": [], "decode": []}
-        for one in self._underway():
-            found[one.threads].append(one)
+    def _stalled(self) -> list[str]:
+        found = [str(one) for one in self._underway() if one.stalled]
+        if self.apart is not None and (count := self.apart.figures.decodes_stalled):
+            found.append(f"{count} decoding thread{'s' * (count > 1)} of the front ends")
         return found
+
+    def _figures_apart(self) -> Figures:
+        return Figures() if self.apart is None else self.apart.figures
+
+    async def refresh(self) -> None:
+        """Before figures are read, or all is said to be well: ask who counts apart."""
+        if self.apart is not None:
+            await self.apart.refresh()
 
     def unfinished(self) -> list[str]:
         """What may keep the server from its end. Called from another thread, as the event loop may hang."""
@@ -282,7 +278,7 @@ class Service:
         found += map(str, self._underway())
         if self.budget.syncing:
             found.append("the sync of the stored budget to the disk")
-        if requests := self.intake.requests:
+        if requests := self.intake.requests + self._figures_apart().requests:
             found.append(f"{requests} request{'s' * (requests > 1)}")
         return found
 
@@ -306,6 +302,7 @@ class Service:
         self.metrics.batch_finished(stage, size, seconds, abandoned, waited_s)
         if self.machine.profile is not None:
             self.machine.profile.observe(stage, size, seconds)
+        self._tell_door()
 
     def image_finished(self, result: ImageResult) -> None:
         self.metrics.image_finished(result)
@@ -317,7 +314,8 @@ class Service:
 
     async def start(self) -> None:
         """Returns when the first request would not be slower than the next, and what batches take is known."""
-        self.decoder.start()
+        if not self.settings.frontends:
+            self.decoder.start()
         await self.batcher.start()
         await self.fleet.start()  # before what is measured, as it is half a second's work for the first time
         profile = await asyncio.to_thread(
@@ -336,15 +334,23 @@ class Service:
             self.frontier_document = orjson.dumps(_describe_frontier(self.bundle, rows))
         elif "latency_ms" in self.budget.state().target:
             log.warning("the stored latency budget is not held: no latency profile was measured; see: dvt profile")
-        self.phase = Phase.SERVING
+        self._enter(Phase.SERVING)
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self._tell_door()
+
+    def _tell_door(self) -> None:
+        if self.apart is not None:
+            self.apart.tell_door()
 
     def leave(self) -> None:
         """Not ready any more, but serving; answers close their connections."""
-        self.phase = Phase.LEAVING
+        self._enter(Phase.LEAVING)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new work and answer what was accepted; what the timeout finds is answered with what is known."""
-        self.phase = Phase.DRAINING
+        self._enter(Phase.DRAINING)
         self.budget.release()
         await self.audit.close()
         until = self.clock() + timeout_s
@@ -352,13 +358,15 @@ class Service:
             # What passed the door and is still on its way to the batcher is let in.
             async with asyncio.timeout(timeout_s):
                 await self.intake.wait_idle()
+                if self.apart is not None:
+                    await self.apart.wait_idle()
         except TimeoutError:
             log.debug("%d requests were not answered within %g s", self.intake.requests, timeout_s)
         await self.batcher.drain(max(0.0, until - self.clock()))
 
     async def stop(self) -> None:
         """Close the engine. May be called twice, and without a start."""
-        self.phase = Phase.STOPPED
+        self._enter(Phase.STOPPED)
         if self._ticker is not None:
             self._ticker.cancel()
         await self.audit.close()

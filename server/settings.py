@@ -106,6 +106,12 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     backlog: int = Field(2048, ge=1, le=65535, description="Connections that may wait to be accepted.")
+    frontends: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Processes that speak HTTP and decode, beside one that runs the cascade; 0: all in one process.",
+    )
     max_header_bytes: int = Field(
         65536, ge=1024, description="Largest request line and headers together; more is refused."
     )

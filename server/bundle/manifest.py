@@ -97,6 +97,10 @@ class PreprocessingSpec(_Frozen):
     crop: tuple[Side, Side]  # (H, W), equal to size
     interpolation: Literal["bicubic"]
 
+    @property
+    def plain(self) -> Preprocessing:
+        return Preprocessing(self.resize, self.crop, self.interpolation)
+
     @model_validator(mode="after")
     def _crop_is_the_input(self) -> Self:
         if self.crop != self.size:
@@ -197,8 +201,7 @@ class Bundle:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        p = self.manifest.preprocessing
-        return Preprocessing(p.resize, p.crop, p.interpolation)
+        return self.manifest.preprocessing.plain
 
     def stage_path(self, stage: int) -> Path:
         """The file of a stage; stages count from 1."""

@@ -26,11 +26,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, ParamSpec, Protocol, Required, TypedDict, Unpack
 
-from server.cascade.scheduler import BACKGROUND, NORMAL, Batch, Load, Outcome, Priority, Request, Scheduler
+from server.cascade.scheduler import BACKGROUND, Batch, Load, Outcome, Priority, Request, Scheduler
 from server.core import Answer, Engine, EngineLost, Observer, OperatingPoint, Pixels, StageOutput
-from server.errors import Draining, EngineFailed
+from server.errors import Draining, EngineFailed, ServeError
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,28 @@ def _watched(step: Callable[Concatenate[Batcher, P], None]) -> Callable[Concaten
     return watched
 
 
+class Terms(TypedDict, total=False):
+    """What a request asks for, as `Scheduler.admit` explains it; `deadline`: absolute, on the batcher's clock."""
+
+    deadline: Required[float]
+    max_exit: int | None
+    min_confidence: float | None
+    priority: Priority
+    place: float
+
+
+class Waiter(Protocol):
+    """Who is told how a request ends, once. A future is one; what it is told, it must take without calling back."""
+
+    def done(self) -> bool:
+        """Nobody wants to hear of it any more."""
+        ...
+
+    def set_result(self, answer: Answer, /) -> None: ...
+
+    def set_exception(self, error: ServeError, /) -> None: ...
+
+
 class Batcher:
     """Runs one scheduler on one engine. `start` it on the event loop that will call it, `close` it at the end.
 
@@ -91,7 +113,7 @@ class Batcher:
         ]
         self._handoff: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()  # bounded: a batch only for an idle thread
         self._out: dict[Batch, None] = {}  # in the engine, the oldest first
-        self._futures: dict[Request, asyncio.Future[Answer]] = {}
+        self._waiters: dict[Request, Waiter] = {}
         self._all_answered = asyncio.Event()
         self._all_answered.set()
         self._timer: asyncio.TimerHandle | None = None
@@ -130,48 +152,41 @@ class Batcher:
         """When the oldest batch in the engine began; inf where there is none."""
         return next((batch.started for batch in self._out), math.inf)
 
-    async def submit(
-        self,
-        images: Sequence[Pixels],
-        *,
-        deadline: float,
-        max_exit: int | None = None,
-        min_confidence: float | None = None,
-        priority: Priority = NORMAL,
-        place: float = 0.0,
-    ) -> Answer:
-        """Classify the images of one request. `deadline`: absolute, on the batcher's clock. The rest is as in
-        `Scheduler.admit`.
+    async def submit(self, images: Sequence[Pixels], **terms: Unpack[Terms]) -> Answer:
+        """Classify the images of one request, as `enter` says. Raises also what comes later: EngineFailed, too.
 
-        Cancelling the awaiting task abandons the images. Raises Overloaded, DeadlineExceeded and Draining at the door
-        and later, EngineFailed later.
+        Cancelling the awaiting task abandons the images.
         """
-        if self._draining or not self.healthy:
-            raise Draining("the server is shutting down", retry_after_s=RETRY_ELSEWHERE_S)
-        request, outcome = self._scheduler.admit(
-            images,
-            self._clock(),
-            deadline=deadline,
-            max_exit=max_exit,
-            min_confidence=min_confidence,
-            priority=priority,
-            place=place,
-        )
         future: asyncio.Future[Answer] = self._loop.create_future()
-        self._futures[request] = future
-        self._all_answered.clear()
-        if outcome.settled:
-            self._displace(outcome)
-        self._step_soon()
+        request = self.enter(images, future, **terms)
         try:
             return await future
         except asyncio.CancelledError:
-            self._abandon(request)
+            self.withdraw(request)
             raise
         finally:
             # The traceback of an error holds this frame: with these names in it, error, request and pixels would form
             # a cycle and stay in memory until some garbage collection.
-            del images, request, outcome, future
+            del images, request, future
+
+    def enter(self, images: Sequence[Pixels], waiter: Waiter, **terms: Unpack[Terms]) -> Request:
+        """Take in the images of one request; `waiter` is told of its end.
+
+        Raises Overloaded, DeadlineExceeded and Draining at the door; then nobody is told.
+        """
+        if self._draining or not self.healthy:
+            raise Draining("the server is shutting down", retry_after_s=RETRY_ELSEWHERE_S)
+        request, outcome = self._scheduler.admit(images, self._clock(), **terms)
+        self._waiters[request] = waiter
+        self._all_answered.clear()
+        if outcome.settled:
+            self._displace(outcome)
+        self._step_soon()
+        return request
+
+    def withdraw(self, request: Request) -> None:
+        """Its client has left: its images go. Nothing happens to one that has ended."""
+        self._abandon(request)
 
     def retune(self, point: OperatingPoint) -> None:
         """Put a new operating point into force. Call it on the event loop. Raises ValueError for one that cannot be."""
@@ -291,16 +306,16 @@ class Batcher:
         if outcome.freed:
             self._engine.free(outcome.freed)
         for request in outcome.settled:
-            future = self._futures.pop(request)
-            if not future.done():  # done: cancelled in this very iteration
+            waiter = self._waiters.pop(request)
+            if not waiter.done():  # done: cancelled in this very iteration
                 if request.answer is not None:
-                    future.set_result(request.answer)
+                    waiter.set_result(request.answer)
                 elif request.error is not None:
-                    future.set_exception(request.error)
+                    waiter.set_exception(request.error)
         if outcome.settled:
             # In the loop's queue behind the waiters that were just woken: no answer waits for the counting.
             self._loop.call_soon(self._observe_settled, outcome.settled)
-        if not self._futures:
+        if not self._waiters:
             self._all_answered.set()
 
     @_watched
@@ -323,8 +338,8 @@ class Batcher:
         log.critical("the batch loop died", exc_info=error)
         self.healthy = False
         self.died.set_result(error)
-        for future in self._futures.values():
-            if not future.done():
-                future.set_exception(EngineFailed("the server failed and is stopping"))
-        self._futures.clear()
+        for waiter in self._waiters.values():
+            if not waiter.done():
+                waiter.set_exception(EngineFailed("the server failed and is stopping"))
+        self._waiters.clear()
         self._all_answered.set()

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import Draining, InternalError, Overloaded, ServeError
 from server.frontend.origin import AllowedHosts, foreign_host
-from server.metrics import Metrics
+from server.metrics import RequestCounts
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Edge:
     def __init__(
         self,
         app: ASGIApp,
-        metrics: Metrics,
+        metrics: RequestCounts,
         clock: Callable[[], float],
         closing: Callable[[], bool],
         hosts: AllowedHosts,

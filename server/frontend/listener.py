@@ -26,13 +26,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 
 from server import process
-from server.frontend.connection import LINGER_S, Connection
+from server.frontend.connection import LINGER_S, Connection, Connections
+from server.frontend.remote.fleet import Fleet
 from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -124,8 +126,11 @@ class Server(uvicorn.Server):
         service: Service,
         started: Callable[[], None],
         ending: Callable[[], object],
+        fleet: Fleet | None = None,
     ) -> None:
+        """`fleet`: the front ends that take the connections; by default this process does."""
         super().__init__(config)
+        self._fleet = fleet
         self.service = service
         self._tell_started = started
         self._tell_ending = ending
@@ -141,13 +146,22 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
-        self.loop.set_exception_handler(_loop_failed)
+        self.loop.set_exception_handler(loop_failed)
         self.servers = []
+        front_ends = None
+        if self._fleet is not None:
+            (listener,) = sockets or []
+            front_ends = asyncio.ensure_future(self._fleet.start(listener))  # beside the warm-up of the engine
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(STARTUP_FAILURE)
         self.service.batcher.died.add_done_callback(self._batcher_died)
         self.started = True
+        if self._fleet is not None and front_ends is not None:
+            await front_ends
+            self._fleet.failed.add_done_callback(self._fleet_failed)
+            if self._fleet.failed.done():
+                return
         try:
             # uvloop would not tell that somebody else listens, and close the socket behind our back.
             for listener in sockets or []:
@@ -155,7 +169,9 @@ class Server(uvicorn.Server):
         except OSError:
             self.address_taken = self.should_exit = True
             return
-        for listener in sockets or []:
+        if self._fleet is not None:
+            self._fleet.open()
+        for listener in sockets or [] if self._fleet is None else []:
             self.servers.append(
                 await self.loop.create_server(self._connection, sock=listener, backlog=self.config.backlog)
             )
@@ -169,14 +185,17 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._tell_ending()
-        for server in self.servers:
-            for listener in server.sockets:
-                _take_no_more(listener)
+        for listener in sockets or []:
+            _take_no_more(listener)
         await asyncio.sleep(_EMPTY_THE_BACKLOG_S)  # the loop accepts what waits
         for server in self.servers:
             server.close()
+        if self._fleet is not None:
+            self._fleet.shut()
         if not self._hurry.is_set():
             await asyncio.sleep(LAST_CALL_S)
+        if self._fleet is not None:
+            await self._fleet.finish()
         await super().shutdown(sockets)
 
     def signalled(self, number: int) -> None:
@@ -204,15 +223,23 @@ class Server(uvicorn.Server):
             for task in tasks:
                 task.cancel()
 
-    def _batcher_died(self, died: asyncio.Future[BaseException]) -> None:
-        if died.cancelled():
+    def _fleet_failed(self, failed: asyncio.Future[str]) -> None:
+        if failed.cancelled():
             return
+        log.critical("%s", failed.result())
+        self._fail()
+
+    def _batcher_died(self, died: asyncio.Future[BaseException]) -> None:
+        if not died.cancelled():
+            self._fail()
+
+    def _fail(self) -> None:
         self.failed = True
         self.service.leave()
         self.should_exit = True
 
 
-def _loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """A connection that the network, or its client, broke is no failure of ours; asyncio knows that, uvloop only of
     resets."""
     if isinstance(context.get("exception"), OSError) and "transport" in context:
@@ -246,13 +273,20 @@ def make_server(
     """`started` is called once connections are accepted, `ending` when no more are."""
 
     service: Service = app.state.service
-    config = uvicorn.Config(
+    fleet = Fleet(service, app) if settings.frontends else None
+    return Server(config_of(app, service.connections, settings, lifespan="on"), service, started, ending, fleet)
+
+
+def config_of(
+    app: ASGIApp, connections: Connections | None, settings: Settings, lifespan: Literal["on", "off"]
+) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         interface="asgi3",
         loop="uvloop",
-        http=functools.partial(Connection, service.connections),  # type: ignore[arg-type]  # called like a class
+        http=functools.partial(Connection, connections),  # type: ignore[arg-type]  # called like a class
         ws="none",
-        lifespan="on",
+        lifespan=lifespan,
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -260,7 +294,6 @@ def make_server(
         backlog=settings.backlog,
         timeout_graceful_shutdown=int(LINGER_S) + 1,
     )
-    return Server(config, service, started, ending)
 
 
 def run(

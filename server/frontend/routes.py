@@ -31,6 +31,7 @@ from server.core import Answer, ImageResult, Pixels
 from server.errors import InvalidRequest, NotReady
 from server.frontend.bodies import BodyLimits, read_images, read_json
 from server.frontend.edge import Endpoint, WhileConnected
+from server.frontend.front import Front
 from server.frontend.origin import check_origin
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ _BUDGET_LIMITS = BodyLimits(max_bytes=16 * 1024, max_images=0)
 _AT_ONCE = 1000  # predictions that are told between two turns of the event loop: about a millisecond
 PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "low": LOW}
 _NAMES = {priority: name for name, priority in PRIORITIES.items()}
+
+
+def _front(request: Request) -> Front:
+    front: Front = request.scope["app"].state.service
+    return front
 
 
 def _service(request: Request) -> Service:
@@ -131,42 +137,43 @@ def _number(name: str, text: str) -> float:
 
 
 async def classify(request: Request) -> Response:
-    service = _service(request)
-    settings, clock = service.settings, service.clock
-    service.check_door()
+    front = _front(request)
+    settings, clock = front.settings, front.clock
+    front.check_door()
     ask = parse_ask(
         request.scope["query_string"],
         top_k=settings.top_k,
         timeout_ms=settings.timeout_ms,
         max_timeout_ms=settings.max_timeout_ms,
-        exits=service.exits,
+        exits=front.exits,
     )
     hurried = ask.timeout_s < min(metrics.PROMISED_S, settings.timeout_ms / 1000)
     request.scope["state"]["asked"] = (_NAMES[ask.priority], "true" if hurried else "false")
     request_id = request.scope["state"]["request_id"]
-    with service.intake.enter() as visit:
-        encoded = await read_images(dict(request.scope["headers"]), request.receive, service.body_limits, visit.hold)
+    with front.intake.enter() as visit:
+        encoded = await read_images(dict(request.scope["headers"]), request.receive, front.body_limits, visit.hold)
         visit.begin()
-        service.note_arrival(len(encoded), ask.timeout_s, ask.priority)
-        service.check_queue(ask.priority)
+        front.note_arrival(len(encoded), ask.timeout_s, ask.priority)
+        front.check_queue(ask.priority)
         arrived, waited_s = clock(), _waited_s(request)
-        deadline = arrived + service.answer_time.within(ask.timeout_s, waited_s)
+        deadline = arrived + front.answer_time.within(ask.timeout_s, waited_s)
         with WhileConnected(request.scope["state"]):
-            pixels = await service.decoder.decode(encoded, deadline, ask.priority)
+            pixels = await front.decoder.decode(encoded, deadline, ask.priority)
             decoded = clock()
-            answer = await service.batcher.submit(
+            answer = await front.submit(
                 pixels,
+                arrived=arrived,
                 deadline=deadline,
                 max_exit=ask.max_exit,
                 min_confidence=ask.min_confidence,
                 priority=ask.priority,
-                place=service.places.of(request_id),
+                place=front.places.of(request_id),
             )
         answered = clock()
         decode_s, total_s = decoded - arrived, answered - arrived
-        body = await shape_answer(service.bundle.manifest, service.stage_gmacs, answer, ask.top_k, decode_s, total_s)
+        body = await shape_answer(front.manifest, front.stage_gmacs, answer, ask.top_k, decode_s, total_s)
     # When the answer is on its way, not before.
-    asyncio.get_running_loop().call_soon(_record, service, pixels, answer, decode_s, total_s, waited_s, answered, ask)
+    asyncio.get_running_loop().call_soon(_record, front, pixels, answer, decode_s, total_s, waited_s, answered, ask)
     return Document(orjson.dumps(body))
 
 
@@ -177,7 +184,7 @@ def _waited_s(request: Request) -> float:
 
 
 def _record(
-    service: Service,
+    front: Front,
     pixels: Sequence[Pixels],
     answer: Answer,
     decode_s: float,
@@ -186,13 +193,10 @@ def _record(
     answered: float,
     ask: Ask,
 ) -> None:
-    service.answer_time.observe(answer.decided, answered)
-    service.metrics.decoded(decode_s)
-    service.metrics.answered(_NAMES[ask.priority], waited_s + total_s)
-    service.drift.observe(answer, ask.steered)
-    service.budget.observe(answer, total_s, ask.steered, low=ask.priority == LOW)
-    if not ask.steered:
-        service.audit.offer(pixels, answer)
+    front.answer_time.observe(answer.decided, answered)
+    front.counts.decoded(decode_s)
+    front.counts.answered(_NAMES[ask.priority], waited_s + total_s)
+    front.note_answer(pixels, answer, total_s, steered=ask.steered, low=ask.priority == LOW)
 
 
 async def shape_answer(
@@ -358,6 +362,7 @@ async def get_model(request: Request) -> Response:
 
 async def livez(request: Request) -> Response:
     service = _service(request)
+    await service.refresh()
     if (ailment := service.ailment) is not None:
         raise NotReady(ailment)
     return json_response({"status": "alive"})
@@ -365,13 +370,16 @@ async def livez(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     service = _service(request)
+    await service.refresh()
     if not service.ready:
         raise NotReady(service.ailment or f"The server is {service.phase.value}")
     return json_response({"status": "ready"})
 
 
 async def get_metrics(request: Request) -> Response:
-    return Response(_service(request).metrics.render(), headers={"content-type": metrics.CONTENT_TYPE})
+    service = _service(request)
+    await service.refresh()
+    return Response(service.metrics.render(), headers={"content-type": metrics.CONTENT_TYPE})
 
 
 def other_methods(allowed: Sequence[str]) -> Endpoint:

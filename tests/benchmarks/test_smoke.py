@@ -47,6 +47,22 @@ def test_the_driver_is_compared_with_wrk(run: Run) -> None:
         assert figures[f"{name}_cpu_us"][0] > 0
 
 
+@with_wrk
+def test_front_ends_are_compared_with_one_process(run: Run) -> None:
+    results = run(
+        "frontends", "--rounds", "1", "--seconds", "0.3", "--settle", "0.2", "--images", "4", "--front-ends", "0", "1"
+    )
+    assert results["broken"] == []
+    assert results["figures"]["0"]["front ends"] == 0
+    assert results["figures"]["1"]["front ends"] > 0
+
+
+def test_a_link_is_flooded(run: Run) -> None:
+    results = run("flooded_link", "--rounds", "1", "--count", "200")
+    assert results["broken"] == []
+    assert results["figures"]["loop_cpu_us"] > 0
+
+
 def test_a_lone_request_is_compared_with_the_bare_engine(run: Run) -> None:
     results = run("latency", "--requests", "20")
     assert results["broken"] == []

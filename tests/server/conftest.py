@@ -219,10 +219,12 @@ class Listening:
 
 
 @pytest.fixture
-def listening(bundle: Bundle, engine: FakeEngine) -> Any:
+def listening(request: pytest.FixtureRequest, bundle: Bundle, engine: FakeEngine) -> Any:
+    """A server in this process; with `wherever_http_is_spoken` also one whose front end has a process of its own."""
+
     @asynccontextmanager
     async def start(**settings: Any) -> AsyncIterator[Listening]:
-        values = Settings(**{"port": 0, **DEFAULTS, **settings})
+        values = Settings(**{"port": 0, "frontends": getattr(request, "param", 0), **DEFAULTS, **settings})
         app = create_app(values, bundle, engine)
         started = asyncio.Event()
         server = listener.make_server(app, values, started.set)

@@ -29,10 +29,11 @@ from typer.testing import CliRunner
 from server import commands
 from server.__main__ import add, build
 from server.bundle.manifest import EMBEDDED, Preprocessing
-from server.commands import hush, parse_target
+from server.commands import parse_target
 from server.engines.gpu.probe import visible_gpus
 from server.errors import BadImage, ImageTooLarge, UnsupportedMediaType
 from server.frontend import images
+from server.process import hush
 
 Run = Callable[..., tuple[int, str, str]]
 

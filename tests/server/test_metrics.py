@@ -22,6 +22,7 @@ from server.budget.sample import Estimate
 from server.bundle.frontier import FrontierRow
 from server.bundle.profile import LatencyProfile, LiveProfile
 from server.core import ImageResult, Mix
+from server.frontend.front import Figures
 from server.metrics import OUTLINE_STEPS, SOURCES, Metrics, _outline
 
 
@@ -129,9 +130,8 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
         held_gmacs=lambda: 0.03,
         queue_depths=lambda: {1: 5, 2: 0, 3: 2},
         slots_in_use=lambda: slots,
-        connections=lambda: 2,
-        requests_in_flight=lambda: 7,
-        held_bytes=lambda: 100,
+        figures=lambda: Figures(connections=2, requests=7, held_bytes=100, decode_age_s=0.0, decodes_stalled=0),
+        front_ends=lambda: 3,
         budget=lambda: state(
             {"latency_ms": 25.0, "quantile": 0.9},
             Observed(200, 0.03, (0.5, 0.25, 0.25), Quantiles(6.0, 20.0)),
@@ -140,8 +140,7 @@ def test_what_others_own_is_read_when_asked(metrics: Metrics) -> None:
             predicted=Prediction(0.8, 0.031, (0.6, 0.3, 0.1)),
         ),
         ready=lambda: True,
-        oldest=lambda: {"executor": 2.5, "decode": 0.0},
-        stalled=lambda: {"executor": 1, "decode": 0},
+        running=lambda: (2.5, 1),
         profile=lambda: LiveProfile(LatencyProfile.lines([0.001, 0.0, 0.0], [0.002, 0.003, 0.004])),
         kappa=lambda: 1.5,
         arrival_rate=lambda: 12.5,
@@ -208,13 +207,11 @@ def test_what_is_not_known_yet_has_no_value(metrics: Metrics) -> None:
         held_gmacs=lambda: None,
         queue_depths=dict,
         slots_in_use=lambda: 0,
-        connections=lambda: 2,
-        requests_in_flight=lambda: 0,
-        held_bytes=lambda: 0,
+        figures=lambda: Figures(connections=2),
+        front_ends=lambda: 0,
         budget=lambda: state({"thresholds": [0.9, 0.7]}),
         ready=lambda: True,
-        oldest=dict,
-        stalled=dict,
+        running=lambda: (0.0, 0),
         profile=lambda: None,
         kappa=lambda: 1.17,
         arrival_rate=lambda: 0.0,

@@ -26,6 +26,10 @@ from server.settings import Settings, SettingsError
 Photo = Callable[..., bytes]
 
 
+wherever_http_is_spoken = pytest.mark.parametrize("listening", [0, 1], indirect=True, ids=["in-process", "apart"])
+
+
+@wherever_http_is_spoken
 async def test_requests_share_a_connection_one_after_another_and_pipelined(listening: Any, photo: Photo) -> None:
     async with listening() as here:
         line = await here.connect()
@@ -73,6 +77,7 @@ async def test_a_client_that_hangs_up_between_stages_frees_everything(
         )
 
 
+@wherever_http_is_spoken
 async def test_a_refusal_before_the_body_was_read_arrives_whole(listening: Any) -> None:
     async with listening(max_body_bytes=1000) as here:
         line = await here.connect()
@@ -102,6 +107,7 @@ async def test_a_header_that_trickles_is_answered_408_and_a_silent_connection_cl
         assert await silent.ended()
 
 
+@wherever_http_is_spoken
 async def test_a_header_without_end_is_refused(listening: Any) -> None:
     async with listening(max_header_bytes=1024) as here:
         line = await here.connect()
@@ -173,6 +179,7 @@ async def test_while_it_leaves_it_serves_and_is_not_ready(listening: Any, photo:
         await here.task
 
 
+@wherever_http_is_spoken
 async def test_what_the_drain_timeout_finds_is_answered_too(listening: Any, engine: FakeEngine, photo: Photo) -> None:
     async with listening(drain_timeout_s=0.1) as here:
         engine.gates[1].clear()
@@ -186,6 +193,7 @@ async def test_what_the_drain_timeout_finds_is_answered_too(listening: Any, engi
         await here.task
 
 
+@wherever_http_is_spoken
 async def test_when_the_batch_loop_dies_the_waiters_are_answered_and_the_server_ends_as_failed(
     listening: Any, engine: FakeEngine, photo: Photo
 ) -> None:
