@@ -30,7 +30,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT, to the same loss curve.")] = False,
     start: Annotated[
         Path | None,
-        typer.Option("--from", metavar="CHECKPOINT", help="Begin with these weights; it decides the variant."),
+        typer.Option(
+            "--from",
+            metavar="CHECKPOINT",
+            help="Begin with these weights, or with a plain ViT of timm's or Hugging Face's; it decides the variant.",
+        ),
     ] = None,
     fresh: Annotated[
         bool,
@@ -38,6 +42,14 @@ def train(
             "--fresh", help="With --from: what it lacks, or has in another shape, begins anew, not heads alone."
         ),
     ] = False,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="All exits learn from its answers too, by the share distillation: best the ViT of --from.",
+        ),
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads of a ViT that does not tell them itself.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch; by default all cores.")] = None,
     loaders: Annotated[int, typer.Option(min=0, help="Processes that load images; 0: the training process.")] = 0,
     minutes: Annotated[
@@ -61,6 +73,7 @@ def train(
       dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3 --set variant.grids=4,8
       dvt train cifar10/train runs/cifar --recipe fine-tune --from t2t-vit-12.safetensors
       dvt train photo10/train runs/two --from photo10.safetensors --set variant.grids=4,8
+      dvt train pets/train runs/pets --recipe from-vit --from vit.safetensors --teacher vit.safetensors
       torchrun --nproc-per-node 8 -m server train imagenet/train runs/t2t
     """
     import torch
@@ -77,7 +90,7 @@ def train(
         torch.set_num_threads(threads)
     try:
         chosen = replace(RECIPES[recipe], **parsed)
-        click.echo(run(data, out, chosen, resume, loaders, start, graph, minutes, fresh))
+        click.echo(run(data, out, chosen, resume, loaders, start, graph, minutes, fresh, teacher, heads))
     except (ValueError, OSError, FloatingPointError) as error:
         raise click.ClickException(said(error)) from None
 
