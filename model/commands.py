@@ -85,7 +85,7 @@ def train(
         raise click.UsageError(f"no recipe {recipe!r}; there are: {', '.join(RECIPES)}")
     if fresh and start is None:
         raise click.UsageError("--fresh says what may begin anew with --from")
-    parsed = _parse(changes or [], RECIPES[recipe])
+    parsed = parse_changes(changes or [], RECIPES[recipe])
     if threads:
         torch.set_num_threads(threads)
     try:
@@ -129,7 +129,7 @@ def import_(
     try:
         if labels is not None:
             changes["labels"] = tuple(labels.read_text(encoding="utf-8").splitlines())
-        changes |= {name: _triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+        changes |= {name: triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
         changes |= {"resize": resize} if resize is not None else {}
         model, header = import_checkpoint(checkpoint, **changes)
         save_model(out, model, **header)
@@ -149,7 +149,7 @@ def said(error: Exception) -> str:
     return str(error)
 
 
-def _triple(name: str, text: str) -> tuple[float, ...]:
+def triple(name: str, text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -159,7 +159,7 @@ def _triple(name: str, text: str) -> tuple[float, ...]:
     return values
 
 
-def _parse(changes: list[str], recipe: Any) -> dict[str, Any]:
+def parse_changes(changes: list[str], recipe: Any) -> dict[str, Any]:
     """FIELD=VALUE texts, each value of the type that the recipe's field has; variant.FIELD is one of its variant's."""
     from model.config import variant
 

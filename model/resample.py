@@ -4,10 +4,10 @@ Patches are resized by the pseudo-inverse (Beyer et al., "FlexiViT: One Model fo
 embeddings interpolated, blocks copied. Reuse begins without effect: what closes its MLPs is zero. So the first forward
 of each stage is that of the resampled ViT alone.
 
-For that, norm2 has to see through the channels that feature reuse adds, which are zero at first. Over D of D + C
-channels the mean would shift; but nobody reads the mean of a token, all that read tokens are LayerNorms, so it can be
-taken out of all that writes them (as in Ashkboos et al., "SliceGPT", 2024). Then only the variance is smaller, D / (D + C)
-of what it was, and a factor on norm2's weight makes up for it. (Not for its epsilon; but tokens vary far more.)
+For that, norm2 has to see through the C channels that feature reuse adds to D, which are zero at first. They would
+shift the mean; but nobody reads the mean of a token, all that read tokens are LayerNorms, so it can be taken out of all
+that writes them (as in Ashkboos et al., "SliceGPT", 2024). Then only the variance is smaller, D / (D + C) of what it
+was, and a factor on norm2's weight makes up for it. (Not for its epsilon; but tokens vary far more.)
 """
 
 from __future__ import annotations

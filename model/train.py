@@ -48,7 +48,6 @@ from model.losses import cascade_loss
 from model.recipes import Recipe
 from model.start import Taken, read_start, take_weights
 
-
 Device = Literal["auto", "cpu", "cuda"]
 """Where to train; auto: on a GPU where there is one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -231,20 +232,28 @@ def test_a_document_beside_it_that_is_none_is_refused_in_one_line(tmp_path: Path
 )
 def test_odd_settings_are_taken_or_refused_but_never_fail(tmp_path: Path, name: str, value: Any):
     path = saved_vit(tmp_path, hugging_face(timm()), HF_CONFIG | {name: value}, HF_PREPROCESSOR)
-    try:
-        assert read_start(path).config.embed_dim == WIDTH
-    except CheckpointError as refused:
-        assert "\n" not in str(refused)
+    refused = ""
+    with contextlib.suppress(CheckpointError):
+        try:
+            assert read_start(path).config.embed_dim == WIDTH
+        except CheckpointError as error:
+            refused = str(error)
+            raise
+    assert "\n" not in refused
 
 
 @pytest.mark.parametrize("value", [True, -1, "x", None, [], {}, 10**400])
 @pytest.mark.parametrize("name", [*HF_PREPROCESSOR, "rescale_factor", "do_rescale", "crop_size"])
 def test_odd_preprocessing_is_taken_or_refused_but_never_fails(tmp_path: Path, name: str, value: Any):
     path = saved_vit(tmp_path, hugging_face(timm()), HF_CONFIG, HF_PREPROCESSOR | {name: value})
-    try:
-        assert read_start(path).config.embed_dim == WIDTH
-    except CheckpointError as refused:
-        assert "\n" not in str(refused)
+    refused = ""
+    with contextlib.suppress(CheckpointError):
+        try:
+            assert read_start(path).config.embed_dim == WIDTH
+        except CheckpointError as error:
+            refused = str(error)
+            raise
+    assert "\n" not in refused
 
 
 def test_how_images_are_resized_and_normalised_is_taken_from_either_making(tmp_path: Path):

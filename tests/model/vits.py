@@ -1,4 +1,4 @@
-"""Small ViTs as timm and Hugging Face write them, and what such a one computes, step by step: an independent witness."""
+"""Small ViTs as timm and Hugging Face write them, and what such a one computes: an independent witness."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def hugging_face(state: dict[str, Tensor], prefix: str = "vit.") -> dict[str, Te
     dino = any("ls1" in name for name in state)
     inside = {
         "norm1.": "norm1." if dino else "layernorm_before.", "norm2.": "norm2." if dino else "layernorm_after.",
-        "attn.proj.": "attention.output.dense.", "ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1",
+        "attn.proj.": "attention.output.dense.",
+        "ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1",
         "mlp.fc1.": "mlp.fc1." if dino else "intermediate.dense.", "mlp.fc2.": "mlp.fc2." if dino else "output.dense.",
     }  # fmt: skip
     outside = {
