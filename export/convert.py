@@ -114,6 +114,8 @@ class Conversion:
         self.wish, self.out = wish, wish.out
         if wish.precision == "bf16" and not torch.cuda.is_available():
             raise ValueError("a bundle in bf16 is calibrated on a GPU, and there is none")
+        if wish.images.resolve() in (wish.out.resolve(), *wish.out.resolve().parents):
+            raise ValueError(f"{wish.out} lies in {wish.images}, where it would be taken for a class")
         self.start = read_start(wish.vit, wish.heads)
         self.labels, samples = scan_image_folder(wish.images)
         if len(self.labels) < 2:

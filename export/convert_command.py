@@ -82,7 +82,8 @@ def convert(
 
     parsed: dict[str, Any] = parse_changes(changes or [], RECIPES["from-vit"])
     parsed |= {name: triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
-    parsed |= {} if epochs is None else {"epochs": epochs, "warmup_epochs": min(2, epochs // 4)}
+    if epochs is not None:
+        parsed = {"warmup_epochs": min(2, epochs // 4)} | parsed | {"epochs": epochs}
     shown = sys.stderr.isatty() and not as_json
     try:
         recipe = replace(RECIPES["from-vit"], **parsed)

@@ -220,10 +220,12 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_made(vit: Path, 
     assert "--grids 4,2: expected two numbers or more that rise" in refused(vit, image_folder, out, "--grids=4,2")
     assert "--precision is" in refused(vit, image_folder, out, "--precision=fp8")
     assert "in bf16 is calibrated on a GPU" in refused(vit, image_folder, out, "--precision=bf16")
+    assert "where it would be taken for a class" in refused(vit, image_folder, image_folder / "out")
     assert "lr must be above 0" in refused(vit, image_folder, out, "--set=lr=0")
     shutil.copytree(image_folder / "red", tmp_path / "one" / "red")
     assert "holds the class red alone" in refused(vit, tmp_path / "one", out)
     assert not out.exists()
+    assert not (image_folder / "out").exists()
 
 
 @pytest.mark.parametrize("step", ["train", "evaluate"])
