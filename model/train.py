@@ -337,9 +337,10 @@ def initial_model(
     return model, take_weights(model, source, fresh)
 
 
-def teaching_model(path: Path, config: DVTConfig, heads: int | None = None) -> DVT:
+def teaching_model(path: Path, config: DVTConfig, heads: int | None = None, told: bool = False) -> DVT:
     """What is to teach a network of `config`: a checkpoint on its own grids, for the same classes; a ViT for images of
-    another size with the patches that it has. Raises CheckpointError for one that knows other classes."""
+    another size with the patches that it has. Raises CheckpointError for one that knows other classes, or images that
+    are normalised in another way, unless it was told how they are."""
     source = read_start(path, heads)
     grids = source.config.grids
     if source.config.image_size != config.image_size and len(grids) == 1:
@@ -352,7 +353,7 @@ def teaching_model(path: Path, config: DVTConfig, heads: int | None = None) -> D
     )  # fmt: skip
     if any(name.split(".")[2] == "head" for name in take_weights(teacher, source).fresh):
         raise CheckpointError(f"{path} cannot teach: it does not know these {config.num_classes} classes")
-    if (source.config.mean, source.config.std) != (config.mean, config.std):
+    if not told and (source.config.mean, source.config.std) != (config.mean, config.std):
         raise CheckpointError(f"{path} cannot teach: it sees images normalised in another way")
     return teacher
 
@@ -429,7 +430,7 @@ def train(
     config = model.config
     if teacher is not None and not recipe.distillation:
         raise ValueError("a teacher teaches by the share that distillation is, and it is 0")
-    taught_by = None if teacher is None else teaching_model(teacher, config, heads)
+    taught_by = None if teacher is None else teaching_model(teacher, config, heads, bool(recipe.mean or recipe.std))
     training = select(data, samples, recipe.held_out, "train")
     watched = select(data, samples, recipe.held_out, "held-out")
     loader, set_epoch, steps = batches(training, config, recipe, processes, num_workers)

@@ -459,6 +459,7 @@ def test_who_cannot_teach_is_refused_in_one_line(tmp_path: Path):
         teaching_model(headless, config)
     with pytest.raises(CheckpointError, match="cannot teach: it sees images normalised in another way"):
         teaching_model(tmp_path / "vit", replace(config, mean=(0.1, 0.1, 0.1)))
+    assert teaching_model(tmp_path / "vit", replace(config, mean=(0.1, 0.1, 0.1)), told=True)
     assert teaching_model(tmp_path / "vit", replace(config, image_size=24, resize=24)).config.grids == (2,)
 
 
