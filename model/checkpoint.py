@@ -25,9 +25,15 @@ class CheckpointError(ValueError):
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write all or nothing: a run that dies while saving leaves the file before."""
+    """Write all or nothing: a run that dies while saving leaves the file before. Raises OSError."""
     temporary = path.with_suffix(".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"dvt": json.dumps(header)})
+    try:
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"dvt": json.dumps(header)}
+        )
+    except SafetensorError as error:  # a full disk, too
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from None
     os.replace(temporary, path)
 
 

@@ -30,7 +30,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT, to the same loss curve.")] = False,
     start: Annotated[
         Path | None,
-        typer.Option("--from", metavar="CHECKPOINT", help="Begin with these weights; it decides the variant."),
+        typer.Option(
+            "--from",
+            metavar="CHECKPOINT",
+            help="Begin with these weights, or with a plain ViT of timm's or Hugging Face's; it decides the variant.",
+        ),
     ] = None,
     fresh: Annotated[
         bool,
@@ -38,6 +42,14 @@ def train(
             "--fresh", help="With --from: what it lacks, or has in another shape, begins anew, not heads alone."
         ),
     ] = False,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="All exits learn from its answers too, by the share distillation: best the ViT of --from.",
+        ),
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads of a ViT that does not tell them itself.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch; by default all cores.")] = None,
     loaders: Annotated[int, typer.Option(min=0, help="Processes that load images; 0: the training process.")] = 0,
     minutes: Annotated[
@@ -61,6 +73,7 @@ def train(
       dvt train photo10/train runs/short --set epochs=5 --set lr=1e-3 --set variant.grids=4,8
       dvt train cifar10/train runs/cifar --recipe fine-tune --from t2t-vit-12.safetensors
       dvt train photo10/train runs/two --from photo10.safetensors --set variant.grids=4,8
+      dvt train pets/train runs/pets --recipe from-vit --from vit.safetensors --teacher vit.safetensors
       torchrun --nproc-per-node 8 -m server train imagenet/train runs/t2t
     """
     import torch
@@ -72,12 +85,12 @@ def train(
         raise click.UsageError(f"no recipe {recipe!r}; there are: {', '.join(RECIPES)}")
     if fresh and start is None:
         raise click.UsageError("--fresh says what may begin anew with --from")
-    parsed = _parse(changes or [], RECIPES[recipe])
+    parsed = parse_changes(changes or [], RECIPES[recipe])
     if threads:
         torch.set_num_threads(threads)
     try:
         chosen = replace(RECIPES[recipe], **parsed)
-        click.echo(run(data, out, chosen, resume, loaders, start, graph, minutes, fresh))
+        click.echo(run(data, out, chosen, resume, loaders, start, graph, minutes, fresh, teacher, heads))
     except (ValueError, OSError, FloatingPointError) as error:
         raise click.ClickException(said(error)) from None
 
@@ -116,7 +129,7 @@ def import_(
     try:
         if labels is not None:
             changes["labels"] = tuple(labels.read_text(encoding="utf-8").splitlines())
-        changes |= {name: _triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+        changes |= {name: triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
         changes |= {"resize": resize} if resize is not None else {}
         model, header = import_checkpoint(checkpoint, **changes)
         save_model(out, model, **header)
@@ -136,7 +149,7 @@ def said(error: Exception) -> str:
     return str(error)
 
 
-def _triple(name: str, text: str) -> tuple[float, ...]:
+def triple(name: str, text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -146,7 +159,7 @@ def _triple(name: str, text: str) -> tuple[float, ...]:
     return values
 
 
-def _parse(changes: list[str], recipe: Any) -> dict[str, Any]:
+def parse_changes(changes: list[str], recipe: Any) -> dict[str, Any]:
     """FIELD=VALUE texts, each value of the type that the recipe's field has; variant.FIELD is one of its variant's."""
     from model.config import variant
 

@@ -47,12 +47,23 @@ def import_checkpoint(path: Path, **changes: Any) -> tuple[DVT, dict[str, Any]]:
     `changes` are configuration fields that the file cannot tell: labels, mean, std, resize.
     Raises CheckpointError, naming the file, the cause, and the tensors in the file's own spelling.
     """
+    return from_state(path, *read_state(path), **changes)
+
+
+def read_state(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor], str]:
+    """What a pickle holds, the state dict in it, and the name of the entry that it was found in."""
     document = _read(path)
-    found, source = _state_dict(path, document)
+    return document, *_state_dict(path, document)
+
+
+def from_state(
+    path: Path, document: Mapping[str, Any], found: Mapping[str, Tensor], source: str, **changes: Any
+) -> tuple[DVT, dict[str, Any]]:
+    """`import_checkpoint`, of what was read already."""
     prefixes = [prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in found)]
     if len(prefixes) < 2:
         raise CheckpointError(
-            f"{path}: not a DVT: its tensors do not begin with {', '.join(PREFIXES)} (they are {_some(found)})"
+            f"{path}: not a DVT: its tensors do not begin with {', '.join(PREFIXES)} (they are {some(found)})"
         )
     args = document.get("args")
     if isinstance(args, argparse.Namespace):  # the statistics that the training run normalised with
@@ -70,9 +81,9 @@ def import_checkpoint(path: Path, **changes: Any) -> tuple[DVT, dict[str, Any]]:
     wanted = model.state_dict()
     theirs = {key: published_key(key, prefixes) for key in wanted}
     if missing := [name for name in theirs.values() if name not in found]:
-        raise CheckpointError(f"{path}: missing tensors: {_some(missing)}")
+        raise CheckpointError(f"{path}: missing tensors: {some(missing)}")
     if unexpected := [name for name in found if name not in set(theirs.values())]:
-        raise CheckpointError(f"{path}: unexpected tensors: {_some(unexpected)}")
+        raise CheckpointError(f"{path}: unexpected tensors: {some(unexpected)}")
     tensors = {}
     for key, name in theirs.items():
         if found[name].shape != wanted[key].shape:
@@ -134,7 +145,7 @@ def _state_dict(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Tens
             keys = [str(key) for key in state]
             start = len("module.") if all(key.startswith("module.") for key in keys) else 0
             return {key[start:]: value for key, value in zip(keys, state.values(), strict=True)}, name or "the file"
-    raise CheckpointError(f"{path} holds no state dict: expected one of {', '.join(_STATES)}, found {_some(document)}")
+    raise CheckpointError(f"{path} holds no state dict: expected one of {', '.join(_STATES)}, found {some(document)}")
 
 
 def _configuration(found: Mapping[str, Tensor], prefixes: list[str], changes: dict[str, Any]) -> DVTConfig:
@@ -171,10 +182,10 @@ def _configuration(found: Mapping[str, Tensor], prefixes: list[str], changes: di
         **fields,
         **changes,
     )
-    return replace(config, name=_name(config))
+    return replace(config, name=name_of(config))
 
 
-def _name(config: DVTConfig) -> str:
+def name_of(config: DVTConfig) -> str:
     for known in VARIANTS.values():
         if all(getattr(known, f) == getattr(config, f) for f in ("tokenizer", "embed_dim", "depth", "mlp_hidden")):
             return known.name
@@ -198,6 +209,6 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _some(names: Any) -> str:
+def some(names: Any) -> str:
     names = [str(name) for name in names]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

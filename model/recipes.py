@@ -152,6 +152,23 @@ RECIPES: dict[str, Recipe] = {
         smoothing=0.0,
         precision="bf16",
     ),
+    # From a ViT that has learnt what images are (model.vit); start it with --from, best with --teacher.
+    "from-vit": Recipe(
+        variant="deit-small",
+        epochs=30,
+        warmup_epochs=2,
+        batch_size=128,
+        lr=3e-4,
+        ema_decay=0.998,
+        min_area=0.3,
+        colour=0.0,
+        mixup=0.2,
+        mix_probability=0.5,
+        clean_epochs=3,
+        held_out=0.1,
+        precision="bf16",
+        distillation=0.5,
+    ),
     "ablation": _ABLATION,
     # The same on CIFAR-10: a DVT against its own backbone (benchmarks/backbone.py). Too short for mixed images.
     "cifar10": replace(

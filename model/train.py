@@ -6,6 +6,7 @@ what one evaluates and exports) and `metrics.jsonl` (one line an epoch).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,6 +48,9 @@ from model.losses import cascade_loss
 from model.recipes import Recipe
 from model.start import Taken, read_start, take_weights
 
+Device = Literal["auto", "cpu", "cuda"]
+"""Where to train; auto: on a GPU where there is one."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -57,16 +61,19 @@ class Processes:
     device: torch.device
 
     @classmethod
-    def start(cls) -> Processes:
+    def start(cls, device: Device = "auto") -> Processes:
+        """Raises ValueError for a device that is not there."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no GPU that PyTorch can use")
+        cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(chosen)
             torch.backends.cudnn.benchmark = True  # all batches have one shape
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
-        return cls(rank, world, device)
+        return cls(rank, world, chosen)
 
     @property
     def first(self) -> bool:
@@ -181,12 +188,20 @@ class Graph:
 
 
 class Run:
-    """One training run: the live model, its average, the optimiser; saved and restored as one."""
+    """One training run: the live model, its average, the optimiser; saved and restored as one. A teacher's last exit
+    answers beside the targets."""
 
     def __init__(
-        self, model: DVT, recipe: Recipe, processes: Processes, steps_per_epoch: int, graph: bool = False
+        self,
+        model: DVT,
+        recipe: Recipe,
+        processes: Processes,
+        steps_per_epoch: int,
+        graph: bool = False,
+        teacher: DVT | None = None,
     ) -> None:
         self.recipe, self.processes = recipe, processes
+        self.teacher = None if teacher is None else teacher.to(processes.device).eval().requires_grad_(False)
         self.model = model.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if processes.world > 1 and processes.device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -231,7 +246,9 @@ class Run:
             with nullcontext() if number == len(parts) else self._unsynchronized():
                 with torch.autocast(images.device.type, dtype, enabled=recipe.precision != "fp32"):
                     exits = self.forward(some)
-                loss = cascade_loss(exits, theirs, recipe.distillation) * share
+                    with torch.no_grad():
+                        answers = None if self.teacher is None else self.teacher(some)[-1]
+                loss = cascade_loss(exits, theirs, recipe.distillation, answers) * share
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -256,8 +273,18 @@ class Run:
             "epoch": self.epoch,
             "step": self.steps,
             "scaler": self.scaler.state_dict(),
+            "teacher": self._taught_by(),
         }
         save_tensors(path, tensors, header)
+
+    def _taught_by(self) -> str | None:
+        """A name for the teacher's weights."""
+        if self.teacher is None:
+            return None
+        digest = hashlib.sha256()
+        for name, tensor in self.teacher.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def restore(self, path: Path) -> None:
         """Raises CheckpointError where the run that wrote the file was another one, or none."""
@@ -269,6 +296,8 @@ class Run:
             changed = [k for k, v in mine[part].items() if header[part].get(k) != v]
             if changed:
                 raise CheckpointError(f"{path} was written by another run: {part} differs in {', '.join(changed)}")
+        if header.get("teacher") != self._taught_by():
+            raise CheckpointError(f"{path} was written by another run: its teacher is another one, or none")
         for network, prefix in ((self.model, "live."), (self.averaged, "model.")):
             found = under(tensors, prefix)
             if different := sorted(network.state_dict().keys() ^ found.keys()):
@@ -289,19 +318,44 @@ class Run:
 
 
 def initial_model(
-    recipe: Recipe, labels: tuple[str, ...], start: Path | None, fresh: bool = False
+    recipe: Recipe, labels: tuple[str, ...], start: Path | None, fresh: bool = False, heads: int | None = None
 ) -> tuple[DVT, Taken | None]:
     """A new network for these classes; with `start`, from a checkpoint, and what became of its weights (see
-    `model.start`). Raises CheckpointError, and ValueError for a configuration that cannot be."""
+    `model.start`). Images of another size are resized in proportion to it. Raises CheckpointError, and ValueError for a
+    configuration that cannot be."""
     changes: dict[str, Any] = {**recipe.changes, "num_classes": len(labels), "labels": labels}
     changes |= {} if recipe.drop_path is None else {"drop_path": recipe.drop_path}
     changes |= {field: given for field in ("mean", "std") if (given := getattr(recipe, field))}
-    source = None if start is None else read_start(start)
+    source = None if start is None else read_start(start, heads)
     torch.manual_seed(recipe.seed)  # the same initial weights in every process
     if source is None:
         return DVT(variant(recipe.variant, **changes)), None
-    model = DVT(replace(source.config, **changes))
+    base = source.becomes or source.config
+    if "resize" not in changes and "image_size" in changes:
+        changes["resize"] = round(base.resize * changes["image_size"] / base.image_size)
+    model = DVT(replace(base, **changes))
     return model, take_weights(model, source, fresh)
+
+
+def teaching_model(path: Path, config: DVTConfig, heads: int | None = None, told: bool = False) -> DVT:
+    """What is to teach a network of `config`: a checkpoint on its own grids, for the same classes; a ViT for images of
+    another size with the patches that it has. Raises CheckpointError for one that knows other classes, or images that
+    are normalised in another way, unless it was told how they are."""
+    source = read_start(path, heads)
+    grids = source.config.grids
+    if source.config.image_size != config.image_size and len(grids) == 1:
+        grids = (max(1, round(grids[0] * config.image_size / source.config.image_size)),)
+    teacher = DVT(
+        replace(
+            source.config, grids=grids, image_size=config.image_size, resize=config.resize, labels=config.labels,
+            num_classes=config.num_classes, drop_path=0.0,
+        )
+    )  # fmt: skip
+    if any(name.split(".")[2] == "head" for name in take_weights(teacher, source).fresh):
+        raise CheckpointError(f"{path} cannot teach: it does not know these {config.num_classes} classes")
+    if not told and (source.config.mean, source.config.std) != (config.mean, config.std):
+        raise CheckpointError(f"{path} cannot teach: it sees images normalised in another way")
+    return teacher
 
 
 def batches(
@@ -350,24 +404,33 @@ def train(
     graph: bool = False,
     minutes: float = math.inf,
     fresh: bool = False,
+    teacher: Path | None = None,
+    heads: int | None = None,
+    device: Device = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Train on the image folder `data` and return the path of the averaged model.
 
     `start` is a checkpoint to begin with; it decides the variant, and with `fresh` need not fit. `graph`: record the
-    step as a CUDA graph. After `minutes` the run ends with the epoch it is in; it can be resumed. Raises
-    FileNotFoundError or ValueError for unusable data, FileExistsError where `out` holds a run and `resume` is not set,
-    CheckpointError for an unusable `start` and where `out` holds another run.
+    step as a CUDA graph. After `minutes` the run ends with the epoch it is in; it can be resumed. `teacher` is a
+    checkpoint whose last exit all exits learn from, by the recipe's share `distillation`; `heads` are those of a ViT
+    that does not tell. `progress` is told after every step how many of how many are done, in place of what is printed.
+    Raises FileNotFoundError or ValueError for unusable data, FileExistsError where `out` holds a run and `resume` is
+    not set, CheckpointError for an unusable `start` or `teacher`, and where `out` holds another run.
     """
     deadline = time.monotonic() + minutes * 60
-    processes = Processes.start()
+    processes = Processes.start(device)
     alone = processes.device.type == "cuda" and processes.world == 1
     if graph and not (alone and recipe.optimizer == "adamw" and recipe.precision != "fp16"):
         raise ValueError("a step is recorded as a CUDA graph only on a single GPU, with AdamW, in bf16 or fp32")
     labels, samples = scan_image_folder(data)
-    model, taken = initial_model(recipe, labels, start, fresh)
+    model, taken = initial_model(recipe, labels, start, fresh, heads)
     if processes.first and taken is not None and str(taken):
         tqdm.write(f"{start}: {taken}", file=sys.stderr)
     config = model.config
+    if teacher is not None and not recipe.distillation:
+        raise ValueError("a teacher teaches by the share that distillation is, and it is 0")
+    taught_by = None if teacher is None else teaching_model(teacher, config, heads, bool(recipe.mean or recipe.std))
     training = select(data, samples, recipe.held_out, "train")
     watched = select(data, samples, recipe.held_out, "held-out")
     loader, set_epoch, steps = batches(training, config, recipe, processes, num_workers)
@@ -375,7 +438,7 @@ def train(
 
     out.mkdir(parents=True, exist_ok=True)
     last, log = out / "last.safetensors", out / "metrics.jsonl"
-    run = Run(model, recipe, processes, steps, graph)
+    run = Run(model, recipe, processes, steps, graph, taught_by)
     if last.exists():
         if not resume:
             raise FileExistsError(f"{out} already holds a run; continue it with --resume or name another folder")
@@ -394,7 +457,9 @@ def train(
         run.model.train()
         total = torch.zeros((), device=processes.device)
         title = f"epoch {epoch + 1}/{recipe.all_epochs}"
-        bar = tqdm(loader, desc=title, total=steps, disable=not processes.first, mininterval=1.0)
+        bar = tqdm(
+            loader, desc=title, total=steps, disable=not processes.first or progress is not None, mininterval=1.0
+        )
         for batch, classes in bar:
             pixels = run.normalize(batch).contiguous(memory_format=torch.channels_last)
             pixels, targets = mix(
@@ -404,6 +469,8 @@ def train(
             if recipe.erasing:
                 pixels = erase(pixels, recipe.erasing, rng)
             total += run.step(pixels, targets)
+            if progress is not None:
+                progress(run.steps, recipe.all_epochs * steps)
         run.epoch += 1
         out_of_time = processes.any(time.monotonic() > deadline)
         last_of_all = run.epoch == recipe.all_epochs or out_of_time
@@ -422,7 +489,8 @@ def train(
                 record["held_out_accuracy"] = exit_accuracy(run.averaged, held_out_batches, run.normalize)
             with log.open("a") as file:
                 file.writelines(json.dumps({**noted, "loss": float(noted["loss"])}) + "\n" for noted in records)
-            tqdm.write(json.dumps({**record, "loss": float(record["loss"])}))
+            if progress is None:
+                tqdm.write(json.dumps({**record, "loss": float(record["loss"])}))
             run.save(last)
         records.clear()
     final = out / "model.safetensors"

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -91,13 +91,14 @@ def calibrate(
     limits: ImageLimits | None = None,
     threads: int = 1,
     progress: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Frontier:
     """Run every image through every stage, solve the frontier, and write it into the bundle.
 
     With a `promise`, half of the images solve and the other half certify. Raises as `record`, and CalibrationError
     where not even the most accurate row can be certified; then nothing is written.
     """
-    records = record(bundle, engine, images, limits=limits, threads=threads, progress=progress)
+    records = record(bundle, engine, images, limits=limits, threads=threads, progress=progress, advance=advance)
     manifest = bundle.manifest
     solving, testing = (records, records) if promise is None else split(records)
     frontier = sweep(
@@ -128,11 +129,12 @@ def record(
     limits: ImageLimits | None = None,
     threads: int = 1,
     progress: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Records:
     """What every exit says of every image, through the deployed preprocessing and engine.
 
-    `threads` batches are decoded and run at once. Raises CalibrationError for an image that cannot be read, and
-    whatever the engine raises.
+    `threads` batches are decoded and run at once; `advance` is told the images of each that is done. Raises
+    CalibrationError for an image that cannot be read, and whatever the engine raises.
     """
     examples = list(images)
     if not examples:
@@ -154,6 +156,7 @@ def record(
             for part in pool.map(run, batches):
                 parts.append(part)
                 bar.update(part[1].shape[1])
+                advance(part[1].shape[1])
         except BaseException:
             pool.shutdown(cancel_futures=True)  # one bad image: do not run the thousands behind it first
             raise

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from model.augment import OPERATIONS, rand_augment
 from model.checkpoint import CheckpointError, load_model, load_tensors, save_model, save_tensors
-from model.commands import _parse
+from model.commands import parse_changes
 from model.config import variant
 from model.data import EpochSampler, Sample, TrainImages, held_out, scan_image_folder, select
 from model.dvt import DVT
@@ -271,7 +271,7 @@ def test_two_processes_train_as_one(image_folder: Path, tmp_path: Path, patches:
 
 
 def test_the_command_line_changes_a_recipe_and_its_variant():
-    values = _parse(
+    values = parse_changes(
         ["lr=1e-3", "mean=0.5,0.4,0.3", "drop_path=0.1", "variant.grids=2,4", "variant.feature_reuse=false"],
         RECIPES["micro"],
     )
@@ -299,7 +299,7 @@ def test_the_command_line_changes_a_recipe_and_its_variant():
 )
 def test_a_change_that_makes_no_sense_is_refused(change: str, cause: str):
     with pytest.raises(click.UsageError, match=cause):
-        _parse([change], RECIPES["micro"])
+        parse_changes([change], RECIPES["micro"])
 
 
 def test_fine_tuning_keeps_the_backbone_and_makes_a_head_for_other_classes(patches: Path):
