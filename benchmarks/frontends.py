@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks import wrk
 from benchmarks.harness import Options, Report, Server, Window, cpu_seconds, finish, load_bundle, parse
 from benchmarks.host_cpu import Sampler
-from benchmarks.photos import photo
+from server.bench.photos import photo
 
 SERVE = "benchmarks.serve_at_gpu_speed"
 SIDE = 64

@@ -39,7 +39,7 @@ from benchmarks.peers import bentoml, litserve, mlserver, mosec, page, ray, trit
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.peer import Contender, PeerFailed, Running, Task
 from benchmarks.peers.visit import Photos, Plan, behaviour, closed_loop
-from benchmarks.photos import photos
+from server.bench.photos import photos
 from server.bundle.manifest import EMBEDDED, Bundle
 from server.calibration.every_stage import every_stage
 from server.engines import load_engine

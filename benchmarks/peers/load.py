@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import arrivals, wrk
+from benchmarks import wrk
 from benchmarks.harness import HOST
 from benchmarks.open_loop import Shot, fire
+from server.bench import arrivals
 
 
 @dataclass(frozen=True)
