@@ -197,6 +197,8 @@ def _write_logits(target: Path, inputs: Path, out: Path) -> None:
     except (ValueError, EOFError):  # numpy says to unpickle it
         x = None
     if not isinstance(x, np.ndarray):
+        if x is not None:
+            x.close()  # an archive of several
         raise ValueError(f"{inputs}: is not an .npy file of numbers")
     if target.is_dir():
         from export.logits import bundle_logits

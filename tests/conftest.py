@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,24 @@ from PIL import Image
 # The same examples every time: a test that fails fails for everybody. No database of examples is left behind.
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Commands that run in this process set logging up for a server; no other test is to see it."""
+    root, raises = logging.getLogger(), logging.raiseExceptions
+    handlers = list(root.handlers)
+    named = [logging.getLogger(name) for name in ("", "server", "PIL", "uvicorn.error")]
+    before = [(logger, logger.level, list(logger.filters)) for logger in named]
+    yield
+    logging.captureWarnings(False)
+    logging.raiseExceptions = raises
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+    for logger, level, filters in before:
+        logger.setLevel(level)
+        logger.filters[:] = filters
+
 
 CLASSES = ("blue", "green", "red", "white")  # in alphabetical order, as an image folder gives them
 HELD_OUT = 0.25

@@ -124,13 +124,13 @@ def test_on_a_full_volume_the_budget_that_was_there_is_kept(full: Path) -> None:
     with as_the_pod():
         store = FileStore(full / "policy.json")
         store.save(Policy(1, {"gmacs": 0.05}, "cost"))
-        store.sync()
+        store.sync(Policy(1, {"gmacs": 0.05}, "cost"))
         fill(full)
         with pytest.raises(StoreUnavailable):
             store.save(Policy(2, {"thresholds": [0.5] * 2000}, "cost"))
         store.close()
         after = FileStore(full / "policy.json")
-        assert after.load() == Policy(1, {"gmacs": 0.05}, "cost")
+        assert after.recall() == Policy(1, {"gmacs": 0.05}, "cost")
         after.close()
 
 

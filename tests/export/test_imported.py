@@ -152,7 +152,7 @@ def test_an_evaluation_of_it_does_without_what_would_need_records(manifest: Mani
     assert "geometric" not in _table(asdict(evaluation))
     _plot_curve(replace(bundle, solved=frontier), records, evaluation, tmp_path / "curve.png")
     page = _page(
-        replace(bundle, solved=frontier), evaluation, [Calibration(0.7, 0.7, 0.0, 1.0, 0.0)] * 3, frontier.knee, {}
+        replace(bundle, solved=frontier), evaluation, [Calibration(0.7, 0.7, 0.0, 1.0, 0.0)] * 3, [60, 100, 30, 10], {}
     )
     assert "Thresholds come from the imported checkpoint" in page
     assert "geometric" not in page

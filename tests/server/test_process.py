@@ -196,9 +196,9 @@ LOGGED = textwrap.dedent(
 
     async def main():
         import uvloop
-        from server.frontend.listener import _loop_failed
+        from server.frontend.listener import loop_failed
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(_loop_failed)
+        loop.set_exception_handler(loop_failed)
         broken = {"message": "Fatal read error", "exception": TimeoutError(errno.ETIMEDOUT, "of a client"),
                   "transport": None}
         loop.call_exception_handler(broken)
