@@ -164,12 +164,11 @@ def test_a_front_end_that_is_killed_under_load_breaks_its_own_connections_alone(
 ) -> None:
     server = started("--frontends", "2")
     victim, other = server.front_ends()
-    alone = {pid: sockets(pid) for pid in (victim, other)}
     loads: list[Load] = []
-    while sockets(victim) == alone[victim] or sockets(other) == alone[other]:  # both take connections, in the end
+    while not (connections(victim, server.url) and connections(other, server.url)):  # both take some, in the end
         loads.append(Load(server, 1))
         until(lambda: len(loads[-1].statuses) > 1)
-    mine = sockets(victim) - alone[victim]
+    mine = connections(victim, server.url)
     os.kill(victim, signal.SIGKILL)
     until(lambda: len([load for load in loads if load.broken]) == mine)
     seen = [len(load.statuses) for load in loads]
@@ -192,5 +191,10 @@ def test_a_front_end_that_is_killed_under_load_breaks_its_own_connections_alone(
     assert len([load for load in loads if load.broken]) == mine
 
 
-def sockets(pid: int) -> int:
-    return sum(os.readlink(one).startswith("socket:") for one in Path(f"/proc/{pid}/fd").iterdir())
+def connections(pid: int, url: str) -> int:
+    """Of clients, that this process holds."""
+    port = httpx.URL(url).port
+    held = {os.readlink(one) for one in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    established = [row[9] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01"]
+    return sum(f"socket:[{inode}]" in held for inode in established)
