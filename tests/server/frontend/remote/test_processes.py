@@ -170,7 +170,7 @@ def test_a_front_end_that_is_killed_under_load_breaks_its_own_connections_alone(
         until(lambda: len(loads[-1].statuses) > 1)
     mine = connections(victim, server.url)
     os.kill(victim, signal.SIGKILL)
-    until(lambda: len([load for load in loads if load.broken]) == mine)
+    until(lambda: any(load.broken for load in loads))
     seen = [len(load.statuses) for load in loads]
     until(lambda: all(load.broken or len(load.statuses) > at for load, at in zip(loads, seen, strict=True)))
     until(lambda: len(server.front_ends()) == 2)
@@ -188,7 +188,8 @@ def test_a_front_end_that_is_killed_under_load_breaks_its_own_connections_alone(
     for load in loads:
         load.join()
         assert set(load.statuses) <= {200, 503}
-    assert len([load for load in loads if load.broken]) == mine
+    # A client whose connection ended between two of its requests opens another, and nothing broke for it.
+    assert 1 <= len([load for load in loads if load.broken]) <= mine
 
 
 def connections(pid: int, url: str) -> int:
