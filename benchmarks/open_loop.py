@@ -11,11 +11,8 @@ shot tells how late it left.
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +22,7 @@ from numpy.typing import NDArray
 
 from benchmarks.clients import CHUNKED, dechunked
 from benchmarks.harness import HOST
+from server.bench.senders import before_all_others
 
 GRACE_S = 10.0  # after the last request: who has no answer by then has none
 
@@ -50,22 +48,8 @@ def fire(port: int, requests: Sequence[bytes], which: NDArray[np.int64], times: 
 
     `requests`: the bytes of whole HTTP/1.1 requests (`clients.classify`).
     """
-    with _before_all_others():
+    with before_all_others():
         return asyncio.run(_fire(port, requests, which.tolist(), times.tolist()))
-
-
-@contextmanager
-def _before_all_others() -> Iterator[None]:
-    if sys.platform != "linux":
-        yield
-        return
-    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
-    with suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, policy, parameter)
 
 
 async def _fire(port: int, requests: Sequence[bytes], which: list[int], times: list[float]) -> list[Shot]:

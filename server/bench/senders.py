@@ -163,7 +163,7 @@ def _obey(pipe: Connection) -> None:
     gc.freeze()
     while (order := _next(pipe)) is not None:
         if order != _STOP:  # which may come just behind the last answer
-            with _before_all_others() if not order.clients else nullcontext():
+            with before_all_others() if not order.clients else nullcontext():
                 log = uvloop.run(_carry_out(pipe, order, bodies, send))
             pipe.send(log)
 
@@ -177,7 +177,7 @@ def _next(pipe: Connection) -> Any:
 
 
 @contextmanager
-def _before_all_others() -> Iterator[None]:
+def before_all_others() -> Iterator[None]:
     """Clients have machines of their own; these may share theirs with the server, and one that waits for its core is
     late as if the server were. So where the system allows it (root on Linux) the load goes before all else that runs.
     Not clients of a closed loop: they would leave nothing to the server that they wait for."""
