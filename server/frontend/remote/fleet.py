@@ -75,6 +75,7 @@ class Fleet:
             },
         )
         self._running: set[_FrontEnd] = set()
+        self._processes: set[subprocess.Popen[bytes]] = set()  # also those that have ended but not been waited for
         self._keepers: list[asyncio.Task[None]] = []
         self._deaths = 0  # in a row
         self._door = Door()
@@ -111,13 +112,12 @@ class Fleet:
             keeper.cancel()
         if self._keepers:
             await asyncio.wait(self._keepers)
-        running = list(self._running)
-        for one in running:
-            if one.link.is_ready:
-                one.link.write(records.plain(Kind.FINISH))
-            else:
-                one.process.kill()
-        await asyncio.gather(*[asyncio.to_thread(_wait, one.process) for one in running])
+        ready = [one for one in self._running if one.link.is_ready]
+        for one in ready:
+            one.link.write(records.plain(Kind.FINISH))
+        for process in self._processes - {one.process for one in ready}:
+            process.kill()
+        await asyncio.gather(*[self._reap(process) for process in list(self._processes)])
 
     # -- a place of one front end
 
@@ -138,7 +138,7 @@ class Fleet:
                         one.link.write(records.plain(Kind.OPEN))
                 await asyncio.shield(one.ended)
                 one.process.kill()  # whatever made it close its socket
-                status = await asyncio.to_thread(_wait, one.process)
+                status = await self._reap(one.process)
                 log.error("the front end of process %d has ended, %s", one.process.pid, _told(status))
                 self._deaths = self._deaths + 1 if loop.time() - began < YOUNG_S else 1
                 if self._deaths < MAX_DEATHS:
@@ -165,6 +165,7 @@ class Fleet:
                     stdout=subprocess.DEVNULL,
                     pass_fds=given,
                 )
+                self._processes.add(process)
         except BaseException:
             ours.close()
             raise
@@ -177,6 +178,11 @@ class Fleet:
         ours.setblocking(False)
         await loop.create_unix_connection(lambda: one.link, sock=ours)
         return one
+
+    async def _reap(self, process: subprocess.Popen[bytes]) -> int:
+        status = await asyncio.to_thread(_wait, process)
+        self._processes.discard(process)
+        return status
 
     def _ended(self, one: _FrontEnd) -> None:
         """Its end of the socket is closed."""

@@ -373,6 +373,25 @@ async def test_front_ends_that_die_one_after_the_other_end_the_server(
     assert f"{MAX_DEATHS} front ends have died" in caplog.text
 
 
+async def test_one_that_dies_as_the_server_ends_is_waited_for(listening: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with listening(frontends=1) as here:
+        fleet = here.service.apart
+        (one,) = fleet._running
+        finished: list[asyncio.Task[None]] = []
+
+        def ended(of: Any) -> None:  # the end comes before the keeper has heard of the death
+            type(fleet)._ended(fleet, of)
+            for keeper in fleet._keepers:
+                keeper.cancel()
+            finished.append(asyncio.ensure_future(fleet.finish()))
+
+        monkeypatch.setattr(fleet, "_ended", ended)
+        one.process.kill()
+        await until(lambda: bool(finished))
+        await finished[0]
+        assert one.process.returncode == -signal.SIGKILL
+
+
 async def test_the_end_answers_what_was_accepted(listening: Any, engine: Any, photo: Photo) -> None:
     async with listening(frontends=2) as here:
         pids = processes(here)
