@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HOST = "127.0.0.1"
 START_S, STOP_S = 120.0, 60.0
-PACKAGES = ("dvt-serve", "numpy", "onnxruntime", "pillow", "simplejpeg", "uvicorn", "uvloop", "httptools", "fastapi")
+PACKAGES = ("dvt-serve", "numpy", "onnxruntime", "pillow", "simplejpeg", "uvicorn", "uvloop", "fastapi")
 
 # Of the server's threads: the name of one, the beginnings of those of the others.
 LOOP_THREAD = "event-loop"

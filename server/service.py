@@ -328,7 +328,8 @@ class Service(Front):
         if profile is not None:
             self.machine.profile = LiveProfile(profile)
             seconds = self.machine.profile.seconds
-            self.scheduler.learn(seconds, DeepestRipe(seconds, self.batch_sizes))
+            policy = DeepestRipe(seconds, self.batch_sizes)
+            self.scheduler.learn(seconds, policy, policy.ripe)
             image_seconds = profile.image_seconds(self.batch_sizes)
             rows = with_ms(self.bundle.frontier.rows, [1000 * s for s in image_seconds])
             self.frontier_document = orjson.dumps(_describe_frontier(self.bundle, rows))

@@ -20,6 +20,7 @@ import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -102,6 +103,21 @@ def account_namespace(account: Path = ACCOUNT) -> str | None:
     return None
 
 
+@dataclass(eq=False, slots=True)
+class _Link:
+    """A client of the API server. One that was given up is closed behind the last request that uses it: a watch that
+    is denied must not take the ground from under a PUT."""
+
+    client: ApiClient
+    given_up: bool = False
+    users: int = 0
+
+    async def close_if_unused(self) -> None:
+        if self.given_up and not self.users:
+            with suppress(Exception):
+                await self.client.close()
+
+
 class ConfigMapStore:
     """One named ConfigMap. It is not made here: who may make one may make any."""
 
@@ -125,7 +141,7 @@ class ConfigMapStore:
         self._connect = connect
         self._last_known = last_known
         self._watch_s, self._wait_s = watch_s, wait_s
-        self._client: ApiClient | None = None
+        self._link: _Link | None = None
         self._cursor = ""  # where the next watch begins
 
     def __str__(self) -> str:
@@ -228,10 +244,15 @@ class ConfigMapStore:
         pass  # it is nobody's alone, so there is nothing to give up
 
     async def disconnect(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            with suppress(Exception):
-                await client.close()
+        if (link := self._link) is not None:
+            self._give_up(link)
+            await link.close_if_unused()
+
+    def _give_up(self, link: _Link) -> None:
+        """Whoever asks next connects anew, with certificates and tokens as they are then."""
+        link.given_up = True
+        if self._link is link:
+            self._link = None
 
     def _held(self, subject: Mapping[str, Any]) -> Held:
         """What a ConfigMap holds. Raises StoreUnavailable for what is none."""
@@ -271,13 +292,18 @@ class ConfigMapStore:
         import aiohttp
         from kubernetes.aio.client import ApiException, CoreV1Api
 
+        link = None
         try:
-            if self._client is None:
-                self._client = await self._access()
-            yield CoreV1Api(self._client)
+            if self._link is None:
+                client = await self._access()
+                link = _Link(client, given_up=self._link is not None)  # where another one was quicker: for this once
+                self._link = self._link or link
+            link = link or self._link
+            link.users += 1
+            yield CoreV1Api(link.client)
         except (StoreUnavailable, StoreMoved) as error:
-            if isinstance(error, StoreUnavailable) and error.extra.get("reason") == "denied":
-                await self.disconnect()  # the next one reads certificates and tokens anew
+            if link is not None and isinstance(error, StoreUnavailable) and error.extra.get("reason") == "denied":
+                self._give_up(link)
             raise
         except ApiException as error:
             raise self._failure(int(error.status or 0), str(error.reason), verb) from None
@@ -285,11 +311,15 @@ class ConfigMapStore:
             unknown = ": it is not known whether the budget was stored" if verb == "update" else ""
             raise StoreUnavailable(f"the API server does not answer{unknown}", reason="timeout") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
-            if isinstance(error, ssl.SSLError | aiohttp.ClientSSLError):
-                await self.disconnect()
+            if link is not None and isinstance(error, ssl.SSLError | aiohttp.ClientSSLError):
+                self._give_up(link)
             raise StoreUnavailable(f"the API server cannot be reached: {_why(error)}", reason="unreachable") from None
         except ValueError as error:  # a line without end
             raise StoreUnavailable(f"the API server's answer cannot be read: {_line(error)}", reason="other") from None
+        finally:
+            if link is not None:
+                link.users -= 1
+                await link.close_if_unused()
 
     async def _access(self) -> ApiClient:
         try:

@@ -50,6 +50,9 @@ class DeepestRipe:
         busy = self._seconds(chosen, views[chosen - 1].ready)
         return next((stage for stage in able if stage > chosen and self._urgent(views, stage, now, busy)), chosen)
 
+    def ripe(self, stage: int, images: int) -> bool:
+        return self._ripeness[stage - 1][images] >= RIPE
+
     def _cycle(self) -> float:
         """Seconds of a full batch through every stage."""
         return sum(self._seconds(stage, size) for stage, size in enumerate(self._sizes, start=1))

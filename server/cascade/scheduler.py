@@ -91,9 +91,16 @@ class StageView:
 Policy = Callable[[Sequence[StageView], float], int | None]
 """(every stage from the first, now) -> the stage to run, from 1; None to run nothing yet."""
 
+Ripe = Callable[[int, int], bool]
+"""(stage, images) -> whether such a batch has next to nothing to gain from more images."""
+
 
 def deepest_first(views: Sequence[StageView], now: float) -> int | None:  # noqa: ARG001
     return max((stage for stage, view in enumerate(views, start=1) if view.ready), default=None)
+
+
+def never_ripe(stage: int, images: int) -> bool:  # noqa: ARG001
+    return False
 
 
 @dataclass(slots=True, eq=False)
@@ -137,13 +144,13 @@ class Image:
     result: ImageResult | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Batch:
     """Images on their way through one stage: `run` is what the engine sees of them, row by row."""
 
     images: tuple[Image, ...]
     run: StageBatch
-    started: float
+    started: float  # when it was formed; set anew by who runs it later than that
     waited_s: float  # for this stage, all images of clients added up
 
 
@@ -273,6 +280,7 @@ class Scheduler:
         self._max_slots = max_slots
         self._policy = policy
         self._seconds = seconds
+        self._ripe: Ripe = never_ripe
         self._executors = executors
         self.check(point)
         self._point = point
@@ -285,9 +293,9 @@ class Scheduler:
         self._doubted = [math.inf] * len(max_batch_sizes)  # when a stage first refused, of those since its last batch
         self._last_s = math.inf  # what the last batch of others took: one image takes no longer
 
-    def learn(self, seconds: Seconds, policy: Policy) -> None:
-        """What a batch costs is known from now on, and a policy that goes by it."""
-        self._seconds, self._policy = seconds, policy
+    def learn(self, seconds: Seconds, policy: Policy, ripe: Ripe = never_ripe) -> None:
+        """What a batch costs is known from now on, a policy that goes by it, and which batches may be formed early."""
+        self._seconds, self._policy, self._ripe = seconds, policy, ripe
 
     # -- what the caller may ask
 
@@ -307,6 +315,10 @@ class Scheduler:
     def deadlines(self, least: Priority) -> list[list[float]]:
         """By stage, those of the images that wait with this priority or a higher one; in no order."""
         return [queue.deadlines(least) for queue in self._queues]
+
+    def seconds(self, batch: Batch) -> float:
+        """What the batch is believed to take; inf where nobody knows."""
+        return math.inf if self._seconds is None else self._seconds(batch.run.stage, len(batch.images))
 
     def next_deadline(self) -> float | None:
         """When `expire` will next have something to do."""
@@ -373,17 +385,20 @@ class Scheduler:
         self._requests.add((deadline, order, request))
         return request, outcome
 
-    def schedule(self, now: float) -> Batch | None:
-        """The batch to run next, or None where nothing can run."""
+    def schedule(self, now: float, *, early: bool = False) -> Batch | None:
+        """The batch to run next, or None where nothing can run. `early`: all executors are busy, so it can wait, and is
+        formed only where more images would not make it better."""
         limits = self._limits()
         views = [queue.view(limit) for queue, limit in zip(self._queues, limits, strict=True)]
         # Also where new images wait for slots that only background work can free.
         idle = not any(view.ready for view in views)
         due = self._credit > self._last_s
-        stage = self._background_stage(limits) if idle or due else None
+        stage = self._background_stage(limits) if (idle or due) and not early else None
         if stage is not None:
             images = self._queues[stage - 1].take(limits[stage - 1] if idle else 1, background=True)
-        elif (stage := self._policy(views, now)) is not None:
+        elif (stage := self._policy(views, now)) is not None and (
+            not early or self._ripe(stage, views[stage - 1].ready)
+        ):
             images = self._queues[stage - 1].take(limits[stage - 1], background=False)
         else:
             return None

@@ -36,7 +36,8 @@ from server.errors import BundleError
 from server.settings import usable_cores
 
 Tensor = NDArray[Any]
-State = tuple[Tensor, ...]  # one row of each tensor that the next stage takes besides the image
+Bytes = NDArray[np.uint8]
+State = tuple[Bytes, ...]  # one row of each tensor that the next stage takes besides the image
 
 # Of a manifest, as the runtime calls them.
 DTYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
@@ -91,32 +92,36 @@ class OnnxEngine:
     def run(self, batch: StageBatch) -> StageOutput:
         stage = self._stages[batch.stage - 1]
         states = self._table.read(batch.slots)
-        feeds = {"image": self._stack("image", batch.pixels)}  # (B, H, W, 3)
+        feeds = {"image": self._stack("image", stage, [pixels.reshape(-1) for pixels in batch.pixels])}  # (B, H, W, 3)
         for position, name in enumerate(stage.takes):
-            feeds[name] = self._stack(name, [state[position] for state in states])
+            feeds[name] = self._stack(name, stage, [state[position] for state in states])
         probabilities, confidence, *left = stage.session.run(["probabilities", "confidence", *stage.leaves], feeds)
-        survives = confidence < np.asarray(batch.thresholds)  # in double, as the thresholds are
-        kept = [self._keep(batch.stage, left, row) if survives[row] else None for row in range(len(survives))]
+        survives = (confidence < np.asarray(batch.thresholds)).tolist()  # in double, as the thresholds are
+        rows = [_rows(tensor) for tensor in left]
+        kept = [self._keep(batch.stage, rows, row) if stays else None for row, stays in enumerate(survives)]
         slots = self._table.swap(batch.slots, kept)
         if states:
             self._spare[batch.stage - 2].extend(states)  # only once the table no longer has them
         return StageOutput(probabilities, confidence, slots)
 
-    def _stack(self, name: str, rows: Sequence[Tensor]) -> Tensor:
+    def _stack(self, name: str, stage: _Stage, rows: Sequence[Bytes]) -> Tensor:
         """The rows as one input, in this thread's memory: it holds until the thread's next batch."""
         inputs: dict[str, Tensor] = self._inputs.__dict__
         if name not in inputs or len(inputs[name]) < len(rows):
-            inputs[name] = np.empty((len(rows), *rows[0].shape), rows[0].dtype)
-        return np.stack(rows, out=inputs[name][: len(rows)])
+            inputs[name] = _zeros(stage.inputs[name], len(rows))
+        stacked = inputs[name][: len(rows)]
+        for place, row in zip(_rows(stacked), rows, strict=True):
+            _copy(row, place)
+        return stacked
 
-    def _keep(self, stage: int, left: Sequence[Tensor], row: int) -> State:
+    def _keep(self, stage: int, left: Sequence[Bytes], row: int) -> State:
         """A copy of what the stage leaves of one row."""
         try:
             state = self._spare[stage - 1].pop()
         except IndexError:
-            return tuple(tensor[row].copy() for tensor in left)
-        for mine, tensor in zip(state, left, strict=True):
-            np.copyto(mine, tensor[row])
+            return tuple(rows[row].copy() for rows in left)
+        for mine, rows in zip(state, left, strict=True):
+            _copy(rows[row], mine)
         return state
 
     def free(self, slots: Sequence[Slot]) -> None:
@@ -134,6 +139,17 @@ class OnnxEngine:
         self._inputs = threading.local()
         for spare in self._spare:
             spare.clear()
+
+
+def _rows(tensor: Tensor) -> Bytes:
+    """(B, ...) -> (B, bytes of one row), the same memory."""
+    return tensor.reshape(len(tensor), -1).view(np.uint8)
+
+
+def _copy(row: Bytes, place: Bytes) -> None:
+    """Not by numpy, which lets go of the interpreter's lock to copy: where the event loop is busy, it takes longer to
+    have the lock back than to copy, and a batch has many rows."""
+    place.data[:] = row.data
 
 
 def largest_batch_that_pays(tokens: int) -> int:

@@ -188,7 +188,7 @@ LOGGED = textwrap.dedent(
     from server import process
     process.log_to_stderr(sys.argv[1])
     logging.getLogger("server.cascade").info("ours")
-    for library in ("uvicorn.error", "asyncio", "python_multipart.multipart", "PIL.Image", "httptools"):
+    for library in ("uvicorn.error", "asyncio", "python_multipart.multipart", "PIL.Image"):
         logging.getLogger(library).warning("of a client, by %s", library)
     logging.getLogger("PIL.TiffImagePlugin").error("of a client's image")
     logging.getLogger("uvicorn.error").error("Cancel %s running task(s), timeout graceful shutdown exceeded", 3)

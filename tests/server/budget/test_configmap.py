@@ -548,6 +548,40 @@ async def test_a_token_that_is_rotated_is_followed(
         await replica.fleet.stop()
 
 
+async def test_a_watch_that_is_denied_leaves_the_ground_under_a_put_that_is_under_way(
+    api: ApiServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("good")
+    api.tokens = {"good"}
+    made: list[ApiClient] = []
+
+    async def connect() -> ApiClient:
+        configuration = Configuration(host=api.url)
+        follow_token(configuration, file)
+        made.append(ApiClient(configuration))
+        return made[-1]
+
+    store = ConfigMapStore(NAME, NAMESPACE, "m", connect)
+    held = await store.load()
+    api.delay_s = 0.5
+    putting = asyncio.create_task(store.compare_and_set(Policy(held.version + 1, {"gmacs": 1.0}, "cost"), held))
+    while not api.asked["update"]:
+        await asyncio.sleep(0.001)
+    api.delay_s = 0.0
+    file.write_text("bad")
+    with pytest.raises(StoreUnavailable):
+        await anext(store.watch())
+    assert not putting.done()
+    assert (await putting).version == held.version + 1
+    file.write_text("good")
+    await store.load()
+    assert len(made) == 2, "the next one connected anew"
+    await store.disconnect()
+    for client in made:
+        assert client.rest_client.pool_manager.closed
+
+
 LINES = [
     b"", b"\n", b"null\n", b"[]\n", b"<html>\n", b'{"type": "ADDED"}\n', b"\xff\xfe\n", b"x" * 6_000_000,
     b'{"type": "MODIFIED", "object": {"metadata": []}}\n', b'{"type": "ERROR", "object": {"code": "x"}}\n',

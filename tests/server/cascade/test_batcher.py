@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from server.cascade.batcher import Batcher
-from server.cascade.scheduler import Scheduler
+from server.cascade.batcher import AHEAD_S, Batcher
+from server.cascade.scheduler import Scheduler, deepest_first
 from server.core import Answer, EngineLost, ImageResult, OperatingPoint, StageBatch, StageOutput
 from server.engines.fake import FakeEngine
 from server.errors import DeadlineExceeded, Draining, EngineFailed, Overloaded
@@ -28,12 +28,14 @@ class Tally:
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int, int]] = []  # stage, size, abandoned
+        self.seconds: list[float] = []
         self.waited_s = 0.0
         self.finished: list[ImageResult] = []
         self.abandoned: Counter[str] = Counter()
 
     def batch_finished(self, stage: int, size: int, seconds: float, abandoned: int, waited_s: float) -> None:
         assert seconds >= 0
+        self.seconds.append(seconds)
         self.waited_s += waited_s
         self.batches.append((stage, size, abandoned))
 
@@ -111,6 +113,64 @@ async def test_every_executor_gets_a_batch():
         assert server.batcher.load.waiting == (1, 0, 0)
         server.engine.open_gates()
         assert len(await answers) == 3
+
+
+async def test_a_batch_that_gains_nothing_by_waiting_is_formed_before_a_thread_is_idle():
+    async with serving(clock=Clock()) as server:
+        server.scheduler.learn(lambda *_: 0.1, deepest_first, lambda _, images: images >= 2)
+        server.engine.gates[1].clear()
+        asked = [server.ask((HIGH,))]
+        await server.next_run()
+        server.clock.now = 0.1 - 1.5 * AHEAD_S
+        asked += [server.ask((HIGH,)), server.ask((HIGH,))]
+        await turns()
+        assert server.batcher.load.waiting == (2, 0, 0), "too early"
+        server.clock.now = 0.1 - 0.5 * AHEAD_S
+        asked.append(server.ask((HIGH,)))
+        await turns()
+        assert server.batcher.load.running == (4, 0, 0), "the next batch is there"
+        asked += [server.ask((HIGH,)), server.ask((HIGH,))]
+        await turns()
+        assert server.batcher.load.waiting == (2, 0, 0), "one for each thread, no more"
+        server.clock.now = 7.0
+        server.engine.open_gates()
+        await asyncio.gather(*asked)
+    assert [size for _, size, _ in server.tally.batches] == [1, 3, 2]
+    assert server.tally.seconds[1:] == [0.0, 0.0], "from when it ran, not from when it was formed"
+
+
+async def test_a_batch_that_may_grow_waits_for_a_thread():
+    async with serving(clock=Clock()) as server:
+        server.scheduler.learn(lambda *_: 0.1, deepest_first, lambda _, images: images >= 2)
+        server.engine.gates[1].clear()
+        asked = [server.ask((HIGH,))]
+        await server.next_run()
+        server.clock.now = 0.1
+        asked.append(server.ask((HIGH,)))
+        await turns()
+        assert server.batcher.load.waiting == (1, 0, 0)
+        server.engine.open_gates()
+        await asyncio.gather(*asked)
+
+
+async def test_it_needs_no_news_to_be_formed_in_time():
+    async with serving() as server:
+        server.scheduler.learn(lambda *_: 3 * AHEAD_S, deepest_first, lambda *_: True)
+        server.engine.gates[1].clear()
+        asked = [server.ask((HIGH,))]
+        await server.next_run()
+        asked.append(server.ask((HIGH,)))
+        async with asyncio.timeout(30):
+            while server.batcher.load.running != (2, 0, 0):
+                await asyncio.sleep(0.001)
+        server.engine.open_gates()
+        await asyncio.gather(*asked)
+
+
+async def turns() -> None:
+    """Of the event loop: submissions are scheduled at the end of one."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 async def test_a_full_queue_refuses():
