@@ -25,7 +25,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.harness import ROOT, Options, Report, finish, parse
 from export.write import export_model, seeded_model
 from model.config import DVTConfig, variant
-from server.bundle.manifest import Bundle, StageSpec
-from server.engines.onnx import largest_batch_that_pays, open_session
+from server.bundle.manifest import Bundle
+from server.engines.onnx import largest_batch_that_pays, open_session, own_gmacs
 
 TARGETS = {"t2t-vit-12": (0.70, 0.75, 0.78)}
 PRODUCT_S = 0.005  # how long a product is repeated for one timing
@@ -86,18 +85,17 @@ def _measure_variant(report: Report, name: str, bundles: Mapping[str, Bundle], o
     worst = max(parity["max_logit_difference"])
     report.add(f"{name}: logits", f"within {worst:.1e} of PyTorch's", **{f"{key}_logits": worst})
     report.must_be_zero(f"{name}: rows that depend on their batch", int(not parity["batch_invariant"]))
-    config, stages = variant(name), bundles["now"].manifest.stages
+    config, stage_gmacs = variant(name), bundles["now"].manifest.stage_gmacs
     reach = 1 - np.concatenate(([0.0], np.cumsum(options.mix)[:-1]))  # of all images, those that come to a stage
     for threads in (1, 2):
         image_seconds: dict[str, list[float]] = defaultdict(list)
-        for number, spec in enumerate(stages, start=1):
-            batch = largest_batch_that_pays(1 + spec.grid[0] * spec.grid[1])
+        for number, macs in enumerate(own_gmacs(stage_gmacs), start=1):
+            batch = largest_batch_that_pays(macs)
             runs: dict[str, Run] = {which: _stage(b, number, batch) for which, b in bundles.items()}
             products = _products(config, number, batch)
             seconds = _in_turns({**runs, **{what: run for what, (run, _) in products.items()}}, options.rounds, threads)
             speeds = {what: flops / seconds[what] / 1e9 for what, (_, flops) in products.items()}
             fastest = max(speeds, key=lambda what: speeds[what])
-            macs = _own_gmacs(stages)[number - 1]
             at = f"{key}_stage{number}_threads{threads}"
             for which in runs:
                 image_seconds[which].append(seconds[which] / batch)
@@ -123,11 +121,6 @@ def _measure_variant(report: Report, name: str, bundles: Mapping[str, Bundle], o
         memory = _resident_mb(bundle)
         what = f"{name}, memory of an engine that is warm: {which}"
         report.add(what, f"{memory:.0f} MB", **{f"{key}_{which}_resident_mb": memory})
-
-
-def _own_gmacs(stages: tuple[StageSpec, ...]) -> list[float]:
-    """Of each stage alone; a manifest's are cumulative."""
-    return [after - before for before, after in pairwise((0.0, *(spec.gmacs for spec in stages)))]
 
 
 def _stage(bundle: Bundle, number: int, batch: int) -> Run:

@@ -55,7 +55,7 @@ from server.bundle.frontier import Frontier, Records, exits_taken
 from server.calibration.calibrate import read_image_folder
 from server.calibration.evaluate import SHARES, evaluate
 from server.calibration.sweep import sweep
-from server.engines.onnx import largest_batch_that_pays, open_session
+from server.engines.onnx import largest_batch_that_pays, open_session, own_gmacs
 
 PLAIN = "fp32"
 TOGETHER = 33  # images of one batch whose rows are compared with those of smaller ones
@@ -130,7 +130,8 @@ def _measure(report: Report, folder: Path, options: argparse.Namespace) -> None:
         wrong = _depending_rows(graphs, sessions[name], images["solving"][:TOGETHER])
         report.must_be_zero(f"{name}: rows that depend on their batch", wrong, **{f"{name}_depending_rows": wrong})
 
-    batches = [largest_batch_that_pays(1 + grid * grid) for grid in config.grids]
+    gmacs = [macs / 1e9 for macs in cumulative_macs(model)]
+    batches = [largest_batch_that_pays(own) for own in own_gmacs(gmacs)]
     times = _measure_times(report, graphs, sessions, images["solving"], batches, options.rounds)
 
     said = {
@@ -142,7 +143,6 @@ def _measure(report: Report, folder: Path, options: argparse.Namespace) -> None:
     records = {
         name: {which: answers.records(labels[which]) for which, answers in own.items()} for name, own in said.items()
     }
-    gmacs = [macs / 1e9 for macs in cumulative_macs(model)]
     for name, own in records.items():
         add_evaluation(report, name, evaluate(sweep(*arrays(own["solving"]), gmacs), own["judging"]))
         if name != PLAIN:

@@ -94,7 +94,7 @@ def _exchange_policy(service: Service, name: str, full: int) -> None:
     elif kind != "deepest-first":
         raise SystemExit(f"no policy {name!r}")
     learn = service.scheduler.learn
-    service.scheduler.learn = lambda seconds, _: learn(seconds, policy)  # type: ignore[method-assign]
+    service.scheduler.learn = lambda seconds, *_: learn(seconds, policy)  # type: ignore[method-assign]
 
 
 def _wake(service: Service, policy: FixedDelay) -> None:

@@ -43,7 +43,6 @@ from server.bench.photos import photos
 from server.bundle.manifest import EMBEDDED, Bundle
 from server.calibration.every_stage import every_stage
 from server.engines import load_engine
-from server.engines.onnx import largest_batch_that_pays
 from server.settings import usable_cores
 
 CONTENDERS: tuple[Contender, ...] = (
@@ -256,6 +255,7 @@ def _prepare(options: Options, bundle: Bundle, jpegs: Sequence[bytes]) -> tuple[
         outputs = list(every_stage(engine, pixels[start : start + size]))
         classes.append(np.stack([output.probabilities.argmax(axis=1) for output in outputs]))
         confidence.append(np.stack([output.confidence for output in outputs]))
+    largest = engine.max_batch_sizes[0]
     engine.close()
     said, sure = np.concatenate(classes, axis=1), np.concatenate(confidence, axis=1)  # (E, N)
     stages = bundle.manifest.stages
@@ -267,7 +267,6 @@ def _prepare(options: Options, bundle: Bundle, jpegs: Sequence[bytes]) -> tuple[
         "full": [(int(class_id), len(stages)) for class_id in said[-1]],
         "cascade": [(int(said[exit_, n]), int(exit_) + 1) for n, exit_ in enumerate(exits)],
     }
-    tokens = 1 + stages[0].grid[0] * stages[0].grid[1]
     task = Task(
         bundle=bundle.path,
         mode="",
@@ -275,7 +274,7 @@ def _prepare(options: Options, bundle: Bundle, jpegs: Sequence[bytes]) -> tuple[
         thresholds=tuple(thresholds),
         gmacs=row.gmacs,
         workers=options.workers,
-        batch=options.batch or largest_batch_that_pays(tokens),
+        batch=options.batch or largest,
         window_ms=options.window_ms,
         timeout_s=WAITS_S,
     )

@@ -22,7 +22,7 @@ from server.engines.fake import FakeEngine
 from server.engines.gpu import torch_stage
 from server.engines.gpu.engine import GpuEngine, batch_sizes
 from server.engines.gpu.probe import visible_gpus
-from server.engines.onnx import OnnxEngine, largest_batch_that_pays
+from server.engines.onnx import OnnxEngine, largest_batch_that_pays, own_gmacs
 from server.errors import BundleError
 from tests.server.engines.gpu.fake_cuda import FakeCuda, HostPlace
 from tests.server.engines.small_stages import CLASSES, MAPS, SIDE, stage_model, write_bundle
@@ -227,10 +227,11 @@ def test_it_is_what_a_machine_without_a_gpu_gets(bundle: Bundle):
         assert isinstance(engine, OnnxEngine if not visible_gpus() else GpuEngine)
 
 
-def test_batch_sizes_follow_from_the_tokens_unless_they_are_set(bundle: Bundle):
-    assert OnnxEngine(bundle).max_batch_sizes == (16, 16, 16)
+def test_batch_sizes_follow_from_the_work_unless_they_are_set(bundle: Bundle):
+    assert OnnxEngine(bundle).max_batch_sizes == (2, 2, 2)
     assert OnnxEngine(bundle, max_batch_sizes=(3, 2, 1)).max_batch_sizes == (3, 2, 1)
-    assert [largest_batch_that_pays(tokens) for tokens in (17, 50, 101, 197)] == [16, 4, 2, 2]
+    assert [largest_batch_that_pays(gmacs) for gmacs in (0.0218, 0.0422, 0.07, 0.15, 0.47, 2.0)] == [16, 16, 8, 4, 2, 2]
+    assert own_gmacs((1.0, 3.0, 7.0)) == [1.0, 2.0, 4.0]
     with pytest.raises(ValueError, match="batch sizes"):
         OnnxEngine(bundle, max_batch_sizes=(3, 2))
 
