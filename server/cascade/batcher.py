@@ -4,9 +4,9 @@ Nothing is decided here. Every call into the scheduler gives an `Outcome`, and `
 freed, futures resolved, the observer told.
 
 - Each executor is one thread that runs one batch at a time. A batch is formed as late, and as full, as it can be: when
-  a thread is idle. With one exception: a batch that would hardly gain from more images is formed when a thread is
-  expected to be idle within AHEAD_S. The way of a result to the loop and of the next batch to the thread takes
-  milliseconds where the loop has much to do, and was 15 % of what two cores can do.
+  a thread is idle. With one exception: a batch that would hardly gain from more images, while nobody is in a hurry, is
+  formed when a thread is expected to be idle within AHEAD_S. The way of a result to the loop and of the next batch to
+  the thread takes milliseconds where the loop has much to do, and was 15 % of what two cores can do.
 - Submissions are scheduled in one step at the end of the loop's iteration, so that images that arrive together share a
   batch. Nothing waits for more images on purpose.
 - One timer stands for all deadlines.
@@ -277,7 +277,8 @@ class Batcher:
         begins = self._next_idle(now)
         if begins > now + AHEAD_S:
             return None
-        batch = self._scheduler.schedule(now, early=len(self._out) >= len(self._threads))
+        busy = len(self._out) >= len(self._threads)
+        batch = self._scheduler.schedule(now, begins if busy else None)
         if batch is not None:
             self._out[batch] = begins + self._scheduler.seconds(batch)
         return batch

@@ -385,19 +385,20 @@ class Scheduler:
         self._requests.add((deadline, order, request))
         return request, outcome
 
-    def schedule(self, now: float, *, early: bool = False) -> Batch | None:
-        """The batch to run next, or None where nothing can run. `early`: all executors are busy, so it can wait, and is
-        formed only where more images would not make it better."""
+    def schedule(self, now: float, begins: float | None = None) -> Batch | None:
+        """The batch to run next, or None where nothing can run. `begins`: all executors are busy until then. So it can
+        wait, and is formed only where more images would not make it better, and nobody is in a hurry: who is late is
+        told most exactly at the last moment."""
         limits = self._limits()
         views = [queue.view(limit) for queue, limit in zip(self._queues, limits, strict=True)]
         # Also where new images wait for slots that only background work can free.
         idle = not any(view.ready for view in views)
         due = self._credit > self._last_s
-        stage = self._background_stage(limits) if (idle or due) and not early else None
+        stage = self._background_stage(limits) if (idle or due) and begins is None else None
         if stage is not None:
             images = self._queues[stage - 1].take(limits[stage - 1] if idle else 1, background=True)
         elif (stage := self._policy(views, now)) is not None and (
-            not early or self._ripe(stage, views[stage - 1].ready)
+            begins is None or self._may_be_early(stage, views[stage - 1].ready, limits, begins)
         ):
             images = self._queues[stage - 1].take(limits[stage - 1], background=False)
         else:
@@ -641,6 +642,18 @@ class Scheduler:
             if image.request.deadline < (until := within if at < size else alone):
                 return image if self._is_believed(stage, until - now, now) else None
         return None
+
+    def _may_be_early(self, stage: int, size: int, limits: Sequence[int], begins: float) -> bool:
+        """Whether such a batch would gain nothing from more images, and leaves all others the time for one of theirs."""
+        if self._seconds is None or not self._ripe(stage, size):
+            return False
+        done = begins + self._seconds(stage, size)
+        for own, (queue, limit) in enumerate(zip(self._queues, limits, strict=True), start=1):
+            if queue.clients:
+                until = done + self._seconds(own, max(1, min(limit, queue.clients)))
+                if any(image.request.deadline < until for _, image in queue.heads()):
+                    return False
+        return True
 
     def _is_believed(self, stage: int, seconds: float, now: float) -> bool:
         """Whether to refuse somebody because a batch of this stage is believed to take so many seconds."""

@@ -153,6 +153,25 @@ async def test_a_batch_that_may_grow_waits_for_a_thread():
         await asyncio.gather(*asked)
 
 
+async def test_where_somebody_is_in_a_hurry_no_batch_is_formed_before_a_thread_is_idle():
+    async with serving(clock=Clock()) as server:
+        server.scheduler.learn(lambda *_: 0.1, deepest_first, lambda *_: True)
+        server.engine.gates[1].clear()
+        asked = [server.ask((HIGH,))]
+        await server.next_run()
+        server.clock.now = 0.1 - 0.5 * AHEAD_S
+        # It begins at 0.1 and takes 0.1, and who came behind it would take as long once more.
+        asked.append(server.ask((HIGH,), timeout_s=0.1999))
+        await turns()
+        assert server.batcher.load.waiting == (1, 0, 0)
+        asked[-1].cancel()
+        asked.append(server.ask((HIGH,), timeout_s=0.21))
+        await turns()
+        assert server.batcher.load.running == (2, 0, 0)
+        server.engine.open_gates()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
 async def test_it_needs_no_news_to_be_formed_in_time():
     async with serving() as server:
         server.scheduler.learn(lambda *_: 3 * AHEAD_S, deepest_first, lambda *_: True)
