@@ -644,7 +644,7 @@ class Scheduler:
         return None
 
     def _may_be_early(self, stage: int, size: int, limits: Sequence[int], begins: float) -> bool:
-        """Whether such a batch would gain nothing from more images, and leaves all others the time for one of theirs."""
+        """Whether such a batch would gain nothing from more images, and leaves all others time for one of theirs."""
         if self._seconds is None or not self._ripe(stage, size):
             return False
         done = begins + self._seconds(stage, size)
