@@ -645,8 +645,9 @@ class Scheduler:
 
     def _may_be_early(self, stage: int, size: int, limits: Sequence[int], begins: float) -> bool:
         """Whether such a batch would gain nothing from more images, and leaves all others time for one of theirs."""
-        if self._seconds is None or not self._ripe(stage, size):
+        if not self._ripe(stage, size):
             return False
+        assert self._seconds is not None
         done = begins + self._seconds(stage, size)
         for own, (queue, limit) in enumerate(zip(self._queues, limits, strict=True), start=1):
             if queue.clients:

@@ -117,10 +117,7 @@ async def test_every_executor_gets_a_batch():
 
 async def test_a_batch_that_gains_nothing_by_waiting_is_formed_before_a_thread_is_idle():
     async with serving(clock=Clock()) as server:
-        server.scheduler.learn(lambda *_: 0.1, deepest_first, lambda _, images: images >= 2)
-        server.engine.gates[1].clear()
-        asked = [server.ask((HIGH,))]
-        await server.next_run()
+        asked = [await one_runs(server, 0.1, 2)]
         server.clock.now = 0.1 - 1.5 * AHEAD_S
         asked += [server.ask((HIGH,)), server.ask((HIGH,))]
         await turns()
@@ -141,10 +138,7 @@ async def test_a_batch_that_gains_nothing_by_waiting_is_formed_before_a_thread_i
 
 async def test_a_batch_that_may_grow_waits_for_a_thread():
     async with serving(clock=Clock()) as server:
-        server.scheduler.learn(lambda *_: 0.1, deepest_first, lambda _, images: images >= 2)
-        server.engine.gates[1].clear()
-        asked = [server.ask((HIGH,))]
-        await server.next_run()
+        asked = [await one_runs(server, 0.1, 2)]
         server.clock.now = 0.1
         asked.append(server.ask((HIGH,)))
         await turns()
@@ -155,10 +149,7 @@ async def test_a_batch_that_may_grow_waits_for_a_thread():
 
 async def test_where_somebody_is_in_a_hurry_no_batch_is_formed_before_a_thread_is_idle():
     async with serving(clock=Clock()) as server:
-        server.scheduler.learn(lambda *_: 0.1, deepest_first, lambda *_: True)
-        server.engine.gates[1].clear()
-        asked = [server.ask((HIGH,))]
-        await server.next_run()
+        asked = [await one_runs(server, 0.1, 1)]
         server.clock.now = 0.1 - 0.5 * AHEAD_S
         # It begins at 0.1 and takes 0.1, and who came behind it would take as long once more.
         asked.append(server.ask((HIGH,), timeout_s=0.1999))
@@ -174,16 +165,22 @@ async def test_where_somebody_is_in_a_hurry_no_batch_is_formed_before_a_thread_i
 
 async def test_it_needs_no_news_to_be_formed_in_time():
     async with serving() as server:
-        server.scheduler.learn(lambda *_: 3 * AHEAD_S, deepest_first, lambda *_: True)
-        server.engine.gates[1].clear()
-        asked = [server.ask((HIGH,))]
-        await server.next_run()
+        asked = [await one_runs(server, 3 * AHEAD_S, 1)]
         asked.append(server.ask((HIGH,)))
         async with asyncio.timeout(30):
             while server.batcher.load.running != (2, 0, 0):
                 await asyncio.sleep(0.001)
         server.engine.open_gates()
         await asyncio.gather(*asked)
+
+
+async def one_runs(server: Server, seconds: float, ripe_from: int) -> asyncio.Task[Answer]:
+    """An image that the engine keeps; a batch is believed to take so long, and to pay from so many images on."""
+    server.scheduler.learn(lambda *_: seconds, deepest_first, lambda _, images: images >= ripe_from)
+    server.engine.gates[1].clear()
+    task = server.ask((HIGH,))
+    await server.next_run()
+    return task
 
 
 async def turns() -> None:
