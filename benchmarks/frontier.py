@@ -85,6 +85,7 @@ def plot(bundle: Bundle, records: Records, evaluation: Evaluation, path: Path) -
     axes.set_xlabel("mean cost per image, million multiply-accumulates")
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_title(f"{bundle.manifest.name}, {evaluation.images} test images")
+    axes.margins(x=0.08, y=0.1)  # room for the exits' names
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()

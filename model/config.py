@@ -163,7 +163,7 @@ VARIANTS: dict[str, DVTConfig] = {
         DVTConfig(
             name="photo10",
             image_size=64,
-            grids=(4, 6, 8),
+            grids=(4, 8, 16),
             tokenizer="conv",
             embed_dim=128,
             depth=4,

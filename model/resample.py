@@ -1,8 +1,10 @@
-"""A ViT of one token grid grown into a cascade: every stage begins as that ViT, resampled to the stage's own grid.
+"""Stages on another token grid than the one that they learnt on: a ViT of one grid grown into a cascade, every stage of
+which begins as that ViT, resampled to its own grid; or a stage of a cascade, resampled to a grid that is new in it.
 
 Patches are resized by the pseudo-inverse (Beyer et al., "FlexiViT: One Model for All Patch Sizes", 2023), position
-embeddings interpolated, blocks copied. Reuse begins without effect: what closes its MLPs is zero. So the first forward
-of each stage is that of the resampled ViT alone.
+embeddings interpolated, blocks copied. Where a ViT grows, reuse begins without effect: what closes its MLPs is zero. So
+the first forward of each stage is that of the resampled ViT alone. A stage of a cascade keeps its reuse, whose weights
+know no grid.
 
 For that, norm2 has to see through the C channels that feature reuse adds to D, which are zero at first. They would
 shift the mean; but nobody reads the mean of a token, all that read tokens are LayerNorms, so it can be taken out of all
@@ -14,17 +16,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.backbones.vit import patch_geometry
 from model.config import DVTConfig
 
 _WRITES_TOKENS = re.compile(r"(tokenizer\.proj|attn\.proj|mlp\.fc2)\.(weight|bias)$|(cls_token|pos_embed)$")
+_IS_PATCHES = re.compile(r"tokenizer\.(proj|layers\.6)\.weight$")  # of plain patches, and behind a convolutional stem
 _CLOSES_REUSE = re.compile(r"feature_reuse\.\d+\.mlp\.fc2\.|relation_reuse\.mlp\.2\.")
 
 
@@ -61,15 +63,31 @@ def grown(tensors: Mapping[str, Tensor], config: DVTConfig, own: Mapping[str, Te
     return offered
 
 
+def nearest_grid(grid: int, grids: Iterable[int]) -> int:
+    """Of `grids` the one that is the fewest times as fine or as coarse; of two the coarser."""
+    return min(grids, key=lambda one: (abs(math.log(one / grid)), one))
+
+
+def resampled(
+    stage: Mapping[str, Tensor], config: DVTConfig, number: int, own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the tensors of a stage on another grid offer to stage `number` of `config`, whose fresh tensors `own` are;
+    the names of both are within the stage. A tensor that does not fit is offered as it is."""
+    return {name: _on_grid(name, tensor, config, number, own[name]) for name, tensor in stage.items() if name in own}
+
+
+def _on_grid(name: str, tensor: Tensor, config: DVTConfig, number: int, fresh: Tensor) -> Tensor:
+    if name == "pos_embed":  # T2T's are a formula
+        return fresh if config.tokenizer == "t2t" else resized_positions(tensor, config.grids[number])
+    if _IS_PATCHES.match(name) and fresh.ndim == tensor.ndim == 4 and fresh.shape[:2] == tensor.shape[:2]:
+        return resized_patch(tensor, fresh.shape[-1])
+    return tensor
+
+
 def _fitted(name: str, tensor: Tensor, config: DVTConfig, number: int, fresh: Tensor) -> Tensor:
-    grid = config.grids[number]
-    if name == "pos_embed":
-        return resized_positions(tensor, grid)
-    if name == "tokenizer.proj.weight" and config.tokenizer == "patch":
-        return resized_patch(tensor, patch_geometry(config.image_size, grid)[0])
     if re.search(r"norm2\.|mlp\.fc1\.weight$", name) and fresh.ndim == tensor.ndim:
         return _widened(name, tensor, fresh)
-    return tensor
+    return _on_grid(name, tensor, config, number, fresh)
 
 
 def _widened(name: str, tensor: Tensor, fresh: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Weights to begin with: those of a checkpoint, put into a network that need not be the one they come from.
 
-A stage takes the weights of the stage on the same token grid; a ViT of a single grid, of whatever making, begins every
-stage, resampled (`model.resample`). What the checkpoint does not have, or has in another shape, begins anew. Of heads
-that is no surprise: there are other classes. Of anything else it is refused, unless it is asked for, and then it is
-told. Whoever reads another kind of file adds a reader here, and nothing else.
+A stage takes the weights of the stage on the same token grid, or on the nearest, resampled; a ViT of a single grid, of
+whatever making, begins every stage (`model.resample`). What the checkpoint does not have, or has in another shape,
+begins anew. Of heads that is no surprise: there are other classes. Of anything else it is refused, unless it is asked
+for, and then it is told. Whoever reads another kind of file adds a reader here, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.checkpoint import CheckpointError, load_model
+from model.checkpoint import CheckpointError, load_model, under
 from model.config import DVTConfig
 from model.dvt import DVT
 from model.published import PREFIXES, from_state, read_state
-from model.resample import cascade_of, grown
+from model.resample import cascade_of, grown, nearest_grid, resampled
 from model.vit import WEIGHTS, is_vit, read_safetensors, vit_from
 
 NAMED = 4  # of the tensors that a message is about
@@ -44,7 +44,7 @@ class Taken:
 
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # the start's
+    notes: tuple[str, ...] = ()  # the start's, and which stages were resampled
 
     def __str__(self) -> str:
         parts = [f"begins anew: {_some(self.fresh)}"] if self.fresh else []
@@ -102,12 +102,21 @@ def take_weights(model: DVT, start: Start, fresh: bool = False) -> Taken:
     """Put what fits into `model`. Raises CheckpointError, by name, where anything but a head would begin anew and
     `fresh` does not allow it."""
     wanted = model.state_dict()
+    notes = list(start.notes)
     if _grows(start.config, model.config):
         renamed: dict[str, str | None] = {key: key for key in start.tensors}
         offered = grown(start.tensors, model.config, wanted)
     else:
         renamed = {key: _renamed(key, start, model) for key in start.tensors}
         offered = {name: start.tensors[key] for key, name in renamed.items() if name is not None}
+        for number, grid in enumerate(model.config.grids):
+            if grid not in start.config.grids:
+                near = nearest_grid(grid, start.config.grids)
+                source, target = f"stages.{start.config.grids.index(near)}.", f"stages.{number}."
+                found = resampled(under(start.tensors, source), model.config, number, under(wanted, target))
+                offered |= {target + name: tensor for name, tensor in found.items()}
+                renamed |= {source + name: renamed[source + name] or target + name for name in found}
+                notes.append(f"the stage on {grid}x{grid} tokens begins as that on {near}x{near}, resampled")
     offered = {
         name: tensor
         for name, found in offered.items()
@@ -121,7 +130,7 @@ def take_weights(model: DVT, start: Start, fresh: bool = False) -> Taken:
         raise CheckpointError(f"{start.path} does not fit: {said}; to begin these anew: --fresh")
     with torch.no_grad():
         model.load_state_dict(fits, strict=False)
-    return Taken(tuple(anew), tuple(key for key, name in renamed.items() if name not in fits), start.notes)
+    return Taken(tuple(anew), tuple(key for key, name in renamed.items() if name not in fits), tuple(notes))
 
 
 def _grows(source: DVTConfig, target: DVTConfig) -> bool:

@@ -27,6 +27,7 @@ from model.dvt import DVT
 from model.evaluate import exit_logits
 from model.losses import cascade_loss
 from model.recipes import RECIPES, Recipe
+from model.resample import resized_patch
 from model.train import Average, build_optimizer, initial_model, learning_rate, parameter_groups, train
 from server.__main__ import build
 from server.calibration.calibrate import held_out as held_out_by_the_server
@@ -334,8 +335,7 @@ def test_what_fits_is_taken_without_a_word_and_new_heads_are_told(patches: Path)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"grids": (2, 6)}, "it has no stages.1."),
-        ({"grids": (5,)}, "it has no stages.0.cls_token"),
+        ({"grids": (5,)}, "stages.0.blocks.0.norm2.weight has shape (40,), wanted is (32,)"),
         ({"mlp_hidden": 96}, "stages.0.blocks.0.mlp.fc1.weight has shape (48, 32), wanted is (96, 32)"),
         ({"depth": 3}, "it has no stages.0.blocks.2.norm1.weight"),
         ({"reuse_dim": 4}, "stages.1.blocks.0.norm2.weight has shape (40,), wanted is (36,)"),
@@ -381,7 +381,48 @@ def test_a_published_checkpoint_is_begun_with_as_it_is(tmp_path: Path):
     assert {name.split(".")[2] for name in taken.fresh} == {"head"}
 
 
-def test_other_grids_on_the_command_line_are_refused_in_one_line_and_begun_when_told_to(
+@pytest.mark.parametrize(("grids", "nearest"), [((2, 6), 4), ((2, 4, 8), 4), ((2, 3, 5, 9), 4)])
+def test_a_stage_on_a_grid_of_its_own_begins_as_the_nearest_one_resampled(
+    patches: Path, grids: tuple[int, ...], nearest: int
+):
+    source, _ = load_model(patches)
+    old = source.stages[source.config.grids.index(nearest)]
+    model, taken = from_patches(patches, grids=grids)
+    assert not taken.fresh
+    assert f"the stage on {grids[-1]}x{grids[-1]} tokens begins as that on 4x4, resampled" in str(taken)
+    new = model.stages[-1]
+    for name, tensor in old.named_parameters():
+        if name not in ("pos_embed", "tokenizer.proj.weight"):  # reuse, too, knows no grid
+            assert torch.equal(new.get_parameter(name), tensor), name
+    kernel = new.tokenizer.proj.weight
+    assert kernel.shape[-1] < old.tokenizer.proj.weight.shape[-1]
+    assert torch.equal(kernel, resized_patch(old.tokenizer.proj.weight, kernel.shape[-1]))
+    means = [stage.pos_embed[0, 1:].mean(dim=0) for stage in (old, new)]
+    assert torch.allclose(*means, atol=0.02)
+    assert new.pos_embed.shape[1] == 1 + grids[-1] ** 2
+
+
+def test_patches_behind_a_convolutional_stem_are_resampled_as_well(tmp_path: Path):
+    small = {"embed_dim": 16, "mlp_hidden": 16, "stem_dim": 8, "depth": 2, "num_classes": 4}
+    source = DVT(variant("photo10", grids=(4, 8), **small))
+    save_model(tmp_path / "model.safetensors", source)
+    model, taken = from_patches(tmp_path / "model.safetensors", grids=(4, 8, 16))
+    assert not taken.fresh
+    # Where all that the stem sees is alike, a patch of it is the same token, however large it is.
+    pixels = torch.rand(1, 8, 1, 1).expand(1, 8, 16, 16)
+    old, new = (m.stages[i].tokenizer.layers[6] for m, i in ((source, 1), (model, 2)))
+    assert torch.allclose(new(pixels)[..., 3, 3], old(pixels)[..., 1, 1], atol=1e-5)
+
+
+def test_a_t2t_stage_on_another_grid_keeps_the_positions_of_its_formula(tmp_path: Path):
+    source = DVT(variant("micro", grids=(2, 3)))
+    save_model(tmp_path / "model.safetensors", source)
+    model, _ = from_patches(tmp_path / "model.safetensors", grids=(2, 3, 4), fresh=True)
+    assert torch.equal(model.stages[2].pos_embed, DVT(variant("micro")).stages[2].pos_embed)
+    assert torch.equal(model.stages[2].blocks[1].attn.qkv.weight, source.stages[1].blocks[1].attn.qkv.weight)
+
+
+def test_what_does_not_fit_is_refused_in_one_line_on_the_command_line_and_begun_when_told_to(
     image_folder: Path, tmp_path: Path, patches: Path
 ):
     command = [
@@ -392,14 +433,14 @@ def test_other_grids_on_the_command_line_are_refused_in_one_line_and_begun_when_
         "--set=epochs=1",
         "--set=held_out=0.5",
     ]
-    command += [f"--from={patches}", "--set=variant.grids=2,6"]
+    command += [f"--from={patches}", "--set=variant.depth=3"]
     ran = CliRunner().invoke(build(), command, standalone_mode=False)
     assert isinstance(ran.exception, click.ClickException)
-    assert "it has no stages.1.cls_token" in ran.exception.message
+    assert "it has no stages.0.blocks.2.norm1.weight" in ran.exception.message
     assert not (tmp_path / "run").exists()
     ran = CliRunner().invoke(build(), [*command, "--fresh"])
     assert ran.exit_code == 0, ran.output
-    assert "begins anew: stages.1.cls_token" in ran.stderr
+    assert "begins anew: stages.0.blocks.2.norm1.weight" in ran.stderr
     ran = CliRunner().invoke(build(), [*command[:4], "--fresh"], standalone_mode=False)
     assert isinstance(ran.exception, click.UsageError)
 
