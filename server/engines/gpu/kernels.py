@@ -41,18 +41,16 @@ class Tiles:
 
 
 ATTENTION = {
-    "wide": Tiles(128, 64, 8, 2),
     "narrow": Tiles(64, 64, 4, 2),
     "short": Tiles(64, 32, 4, 3),
+    "wide": Tiles(128, 32, 8, 3),
 }
 RELATION_MLP = {
-    "many warps": Tiles(128, 64, 8, 2),
+    "many warps": Tiles(128, 32, 8, 3),
     "few warps": Tiles(128, 32, 4, 3),
     "small": Tiles(64, 64, 4, 2),
 }
 ATTENTION_TILES, RELATION_MLP_TILES = "narrow", "many warps"  # the ones that are taken
-LARGEST_HEAD = LARGEST_GRID = 128  # head dim, and tokens of the stage before: beyond, a tile is too much for registers
-LARGEST_RELATIONS = 256  # channels, likewise
 
 
 @triton.jit
