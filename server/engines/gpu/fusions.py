@@ -229,7 +229,9 @@ class _Fusions:
 
     def _shape(self, reshape: _Node | None) -> list[int]:
         """What it makes, [] where that is not known."""
-        sizes = self._constants.get(reshape.inputs[1]) if reshape is not None and reshape.operator == "Reshape" else None
+        sizes = (
+            self._constants.get(reshape.inputs[1]) if reshape is not None and reshape.operator == "Reshape" else None
+        )
         return [] if sizes is None else [int(size) for size in sizes]
 
     def _range(self, cut: _Node, axis: int, rank: int) -> tuple[int, ...]:

@@ -108,7 +108,9 @@ def _attention(
         column = start + tl.arange(0, COLUMNS)
         column_here = column < TOKENS
         there = column_here[:, None] & at_here[None, :]
-        key = tl.load(k + image * k_image + head * k_head + column[:, None] * k_row + at[None, :], mask=there, other=0.0)
+        key = tl.load(
+            k + image * k_image + head * k_head + column[:, None] * k_row + at[None, :], mask=there, other=0.0
+        )
         value = tl.load(
             v + image * v_image + head * v_head + column[:, None] * v_row + at[None, :], mask=there, other=0.0
         )
@@ -187,7 +189,9 @@ def _relation_mlp(
             found = _added(found, given_rest, tl.trans(weight_rest))
         active = (0.5 * found * (1.0 + tl.math.erf(found * SQRT_HALF))).to(half)
         back = tl.load(
-            second + to[:, None] * HIDDEN + hidden[None, :], mask=(to < OUTPUTS)[:, None] & hidden_here[None, :], other=0.0
+            second + to[:, None] * HIDDEN + hidden[None, :],
+            mask=(to < OUTPUTS)[:, None] & hidden_here[None, :],
+            other=0.0,
         )
         sums = _added(sums, active, tl.trans(back))
         if OUT_REST:
