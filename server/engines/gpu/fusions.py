@@ -1,6 +1,6 @@
-"""What kernels of our own take over in the graph of a stage in half precision, see `kernels`: attention whose logits are
-handed on or whose bias is enlarged relations, and the MLP over relations. It is found in graphs as `export` writes them;
-anything else stays as it is, and so does everything where Triton is not there.
+"""What kernels of our own take over in the graph of a stage in half precision, see `kernels`: attention whose logits
+are handed on or whose bias is enlarged relations, and the MLP over relations. It is found in graphs as `export` writes
+them; anything else stays as it is, and so does everything where Triton is not there.
 """
 
 from __future__ import annotations

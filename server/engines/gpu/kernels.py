@@ -1,5 +1,5 @@
-"""Two kernels of our own, in Triton, for stages in half precision: what a stage is bound by there is writing and reading
-logits, biases and enlarged relations, and neither writes them.
+"""Two kernels of our own, in Triton, for stages in half precision: what a stage is bound by there is writing and
+reading logits, biases and enlarged relations, and neither writes them.
 
 Shapes: B images, h heads, d head dim, N tokens of a stage with class token and padding, n those of the stage before,
 C = L * h channels of relations.
@@ -292,7 +292,7 @@ def _(x, first, second):  # noqa: ARG001
 
 def _tile(size: int) -> int:
     """The power of two that holds it, at least what tensor cores take."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length()) if size else 16
 
 
 def _two_tiles(size: int) -> tuple[int, int]:
