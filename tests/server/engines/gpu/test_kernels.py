@@ -76,6 +76,8 @@ SHAPES = [  # B, h, N, d, n, keys: a stage of T2T-ViT with padding, of photo10, 
     (3, 1, 5, 24, 3, 4),
     (1, 1, 130, 8, 65, 1),
 ]
+if visible_gpus():  # T2T-ViT-14's stages, as large as they are, which take an interpreter minutes
+    SHAPES += [(128, 6, 56, 64, 56, 50), (128, 6, 104, 64, 56, 101), (64, 6, 200, 64, 104, 197)]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -158,7 +160,14 @@ def mlp_of(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
 @pytest.mark.parametrize("tiles", list(kernels.RELATION_MLP))
 @pytest.mark.parametrize(
     ("B", "C", "hidden", "out", "P"),
-    [(1, 88, 256, 84, 300), (3, 24, 40, 16, 64), (1, 5, 13, 4, 9), (1, 136, 408, 133, 130), (3, 16, 48, 16, 257)],
+    [
+        (1, 88, 256, 84, 300),
+        (3, 24, 40, 16, 64),
+        (1, 5, 13, 4, 9),
+        (1, 136, 408, 133, 130),
+        (3, 16, 48, 16, 257),
+        *([(16, 88, 256, 84, 104 * 104)] if visible_gpus() else []),
+    ],
 )
 def test_the_mlp_over_relations(B: int, C: int, hidden: int, out: int, P: int, dtype: torch.dtype, tiles: str) -> None:
     x = normal(B, C, P, dtype=dtype)
