@@ -81,6 +81,8 @@ def _parse(arguments: list[str] | None) -> Options:
     parser.add_argument("--only", nargs="+", default=[""], help="parts whose names begin so (default all)")
     parser.add_argument("--device", default="cuda", help="cpu: to see that every part runs (default %(default)s)")
     parser.add_argument("--backend", default="inductor", help="of torch.compile (default %(default)s)")
+    parser.add_argument("--attention", default="", help="another row of the kernel's table, for whole stages")
+    parser.add_argument("--mlp", default="", help="likewise")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="write gpu_fused.json there, as it goes")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -118,7 +120,7 @@ def _follow(options: Options, part: str, folder: Path, until: float, figures: di
         return "left out: the minutes were over"
     _say(f"-- {part} [{left:.0f} s left]")
     command = [sys.executable, "-m", "benchmarks.gpu_fused", "--part", part, "--bundles", str(folder)]
-    for name in ("batch", "seconds", "device", "backend"):
+    for name in ("batch", "seconds", "device", "backend", "attention", "mlp"):
         command += [f"--{name}", str(getattr(options, name))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     late = threading.Timer(left, process.kill)
@@ -165,7 +167,13 @@ def _run_part(options: Options) -> None:
     _say(card.facts)
     if not fusions.run_on(card.device):
         raise SystemExit("our own kernels do not run here")
-    with torch.inference_mode():
+    from server.engines.gpu import kernels
+
+    with (
+        torch.inference_mode(),
+        kernels.tiles("ATTENTION_TILES", options.attention or kernels.ATTENTION_TILES),
+        kernels.tiles("RELATION_MLP_TILES", options.mlp or kernels.RELATION_MLP_TILES),
+    ):
         if how == "kernels":
             _kernels(card, options)
         else:

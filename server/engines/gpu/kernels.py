@@ -68,7 +68,7 @@ def _added(sums, a, b):
     return tl.dot(a, b, sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channel_in", "channel_out"])  # one kernel for all layers
 def _attention(
     q, k, v, relations, rows, columns, mixed, state,
     q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,

@@ -30,7 +30,10 @@ from export.to_onnx import write_onnx
 from model.config import VARIANTS
 from model.dvt import DVT
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning"),
+    *([pytest.mark.gpu] if visible_gpus() else []),
+]
 
 DEVICE = torch.device("cuda" if visible_gpus() else "cpu")
 OURS = {fusions.ATTENTION, fusions.RELATION_MLP, fusions.STATE}
@@ -128,7 +131,8 @@ def run(
     context.close()
     for name, tensor in found[0].items():
         assert tensor.isfinite().all(), name
-        assert torch.equal(tensor, found[1][name]) or compile_ is not None, name
+        if compile_ is None:  # else the first run is by operators
+            torch.testing.assert_close(tensor, found[1][name], atol=1e-3, rtol=1e-3)
     return found[1]
 
 
