@@ -77,7 +77,7 @@ class _Fusions:
         for node in nodes:
             if (mlp := self._relation_mlp(node)) is not None:
                 ours[node.outputs[0]] = [mlp]
-            elif node.operator == "Concat" and node.outputs[0] in outputs:
+            elif node.operator == "Concat" and node.outputs[0] in outputs and self._uses[node.outputs[0]] == 1:
                 ours |= self._handing_on(node, found)
         for one in found.values():
             if self._uses[one.logits] == 1:  # nobody else's

@@ -233,8 +233,10 @@ def attention(
 
     state (B, L * h + ..., N, N'), what the stage hands on: the logits go to this layer's part of it, `ones` (1, ..., N,
     N') behind the last. That it is written to is not declared: torch's compiler, which then keeps what was there
-    before, would copy all of it twice. Nobody else reads or writes a state in the stage that makes it.
+    before, would copy all of it twice. Nobody else reads or writes a state in the stage that makes it, and it lies at a
+    multiple of 16 bytes, or that compiler would hand on a copy.
     """
+    assert state is None or state.is_contiguous()
     B, h, N, d = q.shape
     parts = [part if part.stride(3) == 1 else part.contiguous() for part in (q, k, v)]
     mixed = q.new_empty(B, N, h, d)

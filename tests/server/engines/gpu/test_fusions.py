@@ -224,6 +224,8 @@ def test_an_engine_with_them_answers_as_without(half: Bundle, rig: Rig) -> None:
     """Re-batched, in lanes, in memory that others write over."""
     plain = torch_stage.load(half, rig.place, [batch_sizes(2)] * 3, fuse=False)
     ours, theirs = rig.engine(half, largest=2), rig.engine(half, plain)
+    ours.warm_up()
+    assert all(program._graph is not None for lane in ours._all_lanes for program in lane.programs.values()), "recorded"
     for size in (1, 2, 3):
         pixels = images(half, size, seed=size)
         one, other = all_stages(ours, pixels), all_stages(theirs, pixels)
@@ -278,8 +280,20 @@ def _logits_for_somebody_else(graph: onnx.GraphProto) -> None:
     graph.node.append(concat)
 
 
+def _a_state_that_is_read(graph: onnx.GraphProto) -> None:
+    graph.node.append(helper.make_node("Abs", ["relations_1"], ["read"]))
+
+
 @pytest.mark.parametrize(
-    "change", [_a_weaker_mask, _a_mask_in_the_middle, _softmax_of_queries, _other_heads, _logits_for_somebody_else]
+    "change",
+    [
+        _a_weaker_mask,
+        _a_mask_in_the_middle,
+        _softmax_of_queries,
+        _other_heads,
+        _logits_for_somebody_else,
+        _a_state_that_is_read,
+    ],
 )
 def test_other_attention_stays_as_it_is(half: Bundle, tmp_path: Path, change: object) -> None:
     if half.manifest.precision == "bf16":
