@@ -122,19 +122,19 @@ def _follow(options: Options, part: str, folder: Path, until: float, figures: di
     command = [sys.executable, "-m", "benchmarks.gpu_fused", "--part", part, "--bundles", str(folder)]
     for name in ("batch", "seconds", "device", "backend", "attention", "mlp"):
         command += [f"--{name}", str(getattr(options, name))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    late = threading.Timer(left, process.kill)
-    late.start()
-    try:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        late = threading.Timer(left, process.kill)
+        late.start()
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(RESULT):
-                figures |= json.loads(line.removeprefix(RESULT))
-            else:
-                _say(f"   {line.rstrip()}")
+        try:
+            for line in process.stdout:
+                if line.startswith(RESULT):
+                    figures |= json.loads(line.removeprefix(RESULT))
+                else:
+                    _say(f"   {line.rstrip()}")
+        finally:
+            late.cancel()
         status = process.wait()
-    finally:
-        late.cancel()
     if status and time.monotonic() >= until:
         return "ended: the minutes were over"
     return "done" if status == 0 else f"its process ended with {status}"
