@@ -92,7 +92,7 @@ def test_attention_mixes_values_and_hands_logits_on(
     shape: tuple[int, ...], dtype: torch.dtype, biased: bool, hands_on: bool, tiles: str
 ) -> None:
     B, h, N, d, n, keys = shape
-    if tiles != kernels.ATTENTION_TILES and (dtype is torch.bfloat16 or N > 104):
+    if tiles != kernels.ATTENTION_TILES and (dtype is torch.bfloat16 or N != 104):
         pytest.skip("every row of the table once is enough")
     q, k, v = by_head(B, h, N, d, dtype)
     up = upsampling(N, n, dtype)
@@ -142,7 +142,7 @@ def test_large_logits_stay_numbers_and_padding_never_counts() -> None:
     within(found, mixed_of(logits, v, 17))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=5 if visible_gpus() else 20, deadline=None)  # each is compiled
 @given(st.data())
 def test_attention_of_any_shape(data: st.DataObject) -> None:
     B, h, N, n = (data.draw(st.integers(1, largest)) for largest in (3, 3, 80, 40))
@@ -174,6 +174,8 @@ def mlp_of(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     ],
 )
 def test_the_mlp_over_relations(B: int, C: int, hidden: int, out: int, P: int, dtype: torch.dtype, tiles: str) -> None:
+    if tiles != kernels.RELATION_MLP_TILES and dtype is torch.bfloat16:
+        pytest.skip("every row of the table once is enough")
     x = normal(B, C, P, dtype=dtype)
     first = normal(hidden, C, dtype=dtype, seed=1, scale=C**-0.5)
     second = normal(out, hidden, dtype=dtype, seed=2, scale=hidden**-0.5)
