@@ -4,6 +4,8 @@ Nothing is exported for it: torch launches, and the runtime records what it laun
 launching from Python is paid once. Compiled, which takes its time at the start, the same operators become fewer kernels
 (see `torch_compile`).
 
+In half precision attention and the MLP over relations are kernels of our own, see `fusions`.
+
 A graph is read once a stage. What depends on weights alone is computed then. A context runs its operators one by one
 the first time; what only depends on shapes turns out to be constant, and the rest becomes a list of steps.
 
@@ -31,6 +33,7 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from server.bundle.manifest import Bundle, StageSpec, TensorSpec
+from server.engines.gpu import fusions
 from server.errors import BundleError
 
 RUNTIME = f"torch {torch.__version__}"
@@ -148,11 +151,16 @@ class _Memory:
 
 
 def load(
-    bundle: Bundle, place: Place, batch_sizes: Sequence[Sequence[int]], compile_: Compile | None = None
+    bundle: Bundle,
+    place: Place,
+    batch_sizes: Sequence[Sequence[int]],
+    compile_: Compile | None = None,
+    fuse: bool = True,
 ) -> list[TorchStage]:
-    """All stages of a bundle, each for its batch sizes. Raises BundleError."""
+    """All stages of a bundle, each for its batch sizes; `fuse`: with kernels of our own, where they run. Raises
+    BundleError."""
     return [
-        TorchStage(bundle.stage_path(number), spec, place, sizes, compile_)
+        TorchStage(bundle.stage_path(number), spec, place, sizes, compile_, fuse)
         for number, (spec, sizes) in enumerate(zip(bundle.manifest.stages, batch_sizes, strict=True), start=1)
     ]
 
@@ -161,13 +169,19 @@ class TorchStage:
     """One stage; see `stage.Stage`. Raises BundleError, naming the file, for a graph that it cannot run."""
 
     def __init__(
-        self, file: Path, spec: StageSpec, place: Place, batch_sizes: Sequence[int], compile_: Compile | None = None
+        self,
+        file: Path,
+        spec: StageSpec,
+        place: Place,
+        batch_sizes: Sequence[int],
+        compile_: Compile | None = None,
+        fuse: bool = True,
     ) -> None:
         self.inputs, self.outputs, self.batch_sizes = spec.inputs, spec.outputs, tuple(batch_sizes)
         self._file, self._place, self._compile = file, place, compile_
         self._compiled: dict[tuple[int, tuple[str, ...]], Kernel] = {}  # by batch size, and what is given and wanted
         with _naming(file):
-            self._graph = _Graph.read(file)
+            self._graph = _Graph.read(file, place.device if fuse else None)
             self._graph.check(spec)
         self._weights: dict[str, Tensor] = {}  # on the device
         used = {name for node in self._graph.nodes for name in node.inputs}
@@ -255,7 +269,7 @@ class TorchContext:
         last_use = {
             name: at
             for at, node in enumerate(nodes)
-            for name in (*node.outputs, *(node.inputs if node.operator != "Shape" else ()))
+            for name in (*node.outputs, *(node.inputs if node.operator != "Shape" else ()), node.writes)
         }
         values, constants, on_device = dict(self._given), dict(self._graph.constants), dict(self._weights)
         shapes = {name: tensor.shape for name, tensor in values.items()}  # of all that is no constant
@@ -278,6 +292,8 @@ class TorchContext:
                 if all(name in constants for name in node.inputs if name):  # of shapes alone
                     constants.update(node.named(kernel(*(constants[name] if name else None for name in which))))
                     continue
+                if node.writes:
+                    which = (*which, node.writes if node.writes in shapes else "")
                 step = _Step(kernel, tuple(argument(name) for name in which), node.outputs)
                 with _explaining(node):
                     _do(step, values, {})
@@ -286,11 +302,14 @@ class TorchContext:
                 step.wanted = tuple(self._wanted.keys() & set(results))
                 for name in step.wanted:
                     self._check(name, values[name])
-                    self._wanted[name].copy_(values[name])
-                step.in_place = node.operator == "Concat" and bool(step.wanted)  # the largest that a stage leaves
-                dead = {name for name in (*node.inputs, *results) if name in values and last_use[name] == at}
+                step.in_place = node.operator in IN_PLACE and bool(step.wanted)  # the largest that a stage leaves
+                dead = {
+                    name for name in (*node.inputs, *results, node.writes) if name in values and last_use[name] == at
+                }
                 step.dead = tuple(dead - self._given.keys())
                 for name in step.dead:
+                    if name in self._wanted:  # now nobody writes to it any more
+                        self._wanted[name].copy_(values[name])
                     del values[name]
                 steps.append(step)
             if missing := self._wanted.keys() - shapes.keys():
@@ -380,6 +399,9 @@ class _Node:
     inputs: tuple[str, ...]  # "" stands for one that is left out
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
+    writes: str = (
+        ""  # what an earlier node made, and this one fills a part of where somebody wants it: its last argument
+    )
 
     def get(self, name: str, default: Any) -> Any:
         return self.attributes.get(name, default)
@@ -438,8 +460,8 @@ class _Graph:
     outputs: frozenset[str]
 
     @classmethod
-    def read(cls, file: Path) -> _Graph:
-        """Raises BundleError, and the errors of a file that is none."""
+    def read(cls, file: Path, fuse_on: torch.device | None = None) -> _Graph:
+        """`fuse_on`: where kernels of our own may run. Raises BundleError, and the errors of a file that is none."""
         try:
             proto = onnx.load(file).graph
         except Exception as error:  # whatever the parser raises
@@ -456,6 +478,8 @@ class _Graph:
             nodes.append(_Node(node.op_type, tuple(node.input), tuple(node.output), attributes))
         outputs = frozenset(value.name for value in proto.output)
         inputs = frozenset(value.name for value in proto.input) - constants.keys()
+        if fuse_on is not None and fusions.run_on(fuse_on):
+            nodes = _needed_for(outputs, fusions.fuse(_without_constants(nodes, constants), constants, outputs))
         left = _without_constants(_Joins(nodes, constants, outputs).nodes, constants)
         return cls(tuple(left), constants, inputs, outputs)
 
@@ -473,14 +497,19 @@ class _Graph:
                 raise BundleError(f"`{name}` is of {tensor.dtype}; known here are {', '.join(DTYPES)}")
 
     def needed_for(self, wanted: Iterable[str]) -> list[_Node]:
-        needed, nodes = set(wanted), []
-        for node in reversed(self.nodes):
-            if needed & set(node.outputs):
-                needed |= set(node.inputs)
-                nodes.append(node)
-        return nodes[::-1]
+        return _needed_for(wanted, self.nodes)
 
 
+def _needed_for(wanted: Iterable[str], nodes: Sequence[_Node]) -> list[_Node]:
+    needed, found = set(wanted), []
+    for node in reversed(nodes):
+        if needed & {*node.outputs, node.writes}:
+            needed |= set(node.inputs) - {""}
+            found.append(node)
+    return found[::-1]
+
+
+IN_PLACE = ("Concat", fusions.STATE)  # they take where their result belongs
 VECTOR = 4  # float32 numbers that a thread reads at once
 PRODUCTS = ("MatMul", "AddedProduct")
 
@@ -645,6 +674,9 @@ def _shape(spec: TensorSpec, batch_size: int) -> Shape:
 # -- operators: what each of ONNX's is in torch
 
 OPERATORS: dict[str, Callable[[_Bound], Kernel]] = {}
+
+
+OPERATORS.update(fusions.OPERATORS)
 
 
 def _operator(*names: str) -> Callable[[Callable[[_Bound], Kernel]], Callable[[_Bound], Kernel]]:
