@@ -81,6 +81,7 @@ def _parse(arguments: list[str] | None) -> Options:
     parser.add_argument("--only", nargs="+", default=[""], help="parts whose names begin so (default all)")
     parser.add_argument("--device", default="cuda", help="cpu: to see that every part runs (default %(default)s)")
     parser.add_argument("--backend", default="inductor", help="of torch.compile (default %(default)s)")
+    parser.add_argument("--cache", type=Path, help="folder where torch's compiler keeps and finds what it makes")
     parser.add_argument("--attention", default="", help="another row of the kernel's table, for whole stages")
     parser.add_argument("--mlp", default="", help="likewise")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="write gpu_fused.json there, as it goes")
@@ -237,7 +238,7 @@ def _opened(
 
 def _model(card: Card, options: Options, model: str, compiled: bool) -> None:
     how = "compiled" if compiled else "plain"
-    compile_ = compiler(None, options.backend) if compiled else None
+    compile_ = compiler(options.cache, options.backend) if compiled else None
     bundles = {
         number: Bundle.load(options.bundles / f"{model}{kind}-fp16", verify=False, need_frontier=False)
         for number, kind in ((ALONE, "-alone"), (1, ""))
