@@ -35,7 +35,7 @@ from server.engines.slots import SlotTable
 from server.errors import BundleError
 from server.settings import usable_cores
 
-BATCH_GMACS = 0.5
+BATCH_GMACS = 0.9
 
 Tensor = NDArray[Any]
 Bytes = NDArray[np.uint8]
@@ -155,8 +155,8 @@ def _copy(row: Bytes, place: Bytes) -> None:
 def largest_batch_that_pays(gmacs: float) -> int:
     """Of a stage that takes so many multiply-adds an image. In batches of two an image takes no longer than in larger
     ones, to a hundredth (photo10, T2T-ViT-12; one alone up to 12 % longer), and from 4 on the caches overflow where a
-    stage is large. What larger batches save is their way to the thread and back, a fifth of a millisecond: so they hold
-    what a core does in 10 ms. Where the bundle has a profile of the machine, the server goes by that."""
+    stage is large. What larger batches save is their way to the thread and back, some tenths of a millisecond: so they
+    hold what a core does in 20 ms. Where the bundle has a profile of the machine, the server goes by that."""
     return next((size for size in (2, 4, 8) if size * gmacs >= BATCH_GMACS), 16)
 
 
