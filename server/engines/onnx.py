@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: one session per stage, shared by all executor threads, each run on one core.
+"""ONNX Runtime on the CPU: for each executor thread a session per stage, each run on one core.
 
 One single-threaded run per core beats one run over all cores: small matrices leave little to split, and nobody waits
 for the slowest thread. A stage in fp32 or int8 is bitwise equal at every batch size, so batching never changes an
@@ -16,10 +16,11 @@ page, which costs more than to copy them.
 
 from __future__ import annotations
 
+import itertools
 import platform
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from server.errors import BundleError
 from server.settings import usable_cores
 
 BATCH_GMACS = 0.9
+SESSIONS_BYTES = 512 * 1024 * 1024  # of graphs, all sessions together
 
 Tensor = NDArray[Any]
 Bytes = NDArray[np.uint8]
@@ -47,10 +49,18 @@ DTYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "te
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    session: ort.InferenceSession
+    sessions: tuple[ort.InferenceSession, ...]  # threads have one each, where memory allows
     inputs: Mapping[str, TensorSpec]
     takes: tuple[str, ...]  # inputs besides the image, from the stage before
     leaves: tuple[str, ...]  # outputs for the stage after
+
+
+class _Own(threading.local):
+    """What a thread has for itself."""
+
+    def __init__(self, numbers: Iterator[int]) -> None:
+        self.number = next(numbers)  # of the thread, among those that run batches
+        self.inputs: dict[str, Tensor] = {}
 
 
 class OnnxEngine:
@@ -76,14 +86,16 @@ class OnnxEngine:
         if len(self.max_batch_sizes) != self.num_stages:
             raise ValueError(f"{len(self.max_batch_sizes)} batch sizes for {self.num_stages} stages")
         takes = [tuple(sorted(stage.inputs.keys() - {"image"})) for stage in manifest.stages]
+        files = [bundle.stage_path(number) for number in range(1, self.num_stages + 1)]
+        sessions = sessions_that_pay(sum(file.stat().st_size for file in files if file.exists()), self.executors)
         self._stages = [
-            _Stage(_open(bundle.stage_path(number), stage), stage.inputs, takes[number - 1], leaves)
-            for number, (stage, leaves) in enumerate(zip(manifest.stages, [*takes[1:], ()], strict=True), start=1)
+            _Stage(tuple(_open(file, stage) for _ in range(sessions)), stage.inputs, taken, leaves)
+            for file, stage, taken, leaves in zip(files, manifest.stages, takes, [*takes[1:], ()], strict=True)
         ]
         self._table: SlotTable[State] = SlotTable()
         # Rows of each stage's state that nobody holds any more: at most those of two batches.
         self._spare: list[deque[State]] = [deque(maxlen=2 * size) for size in self.max_batch_sizes]
-        self._inputs = threading.local()
+        self._own = _Own(itertools.count())
 
     @property
     def slots_in_use(self) -> int:
@@ -95,7 +107,8 @@ class OnnxEngine:
         feeds = {"image": self._stack("image", stage, [pixels.reshape(-1) for pixels in batch.pixels])}  # (B, H, W, 3)
         for position, name in enumerate(stage.takes):
             feeds[name] = self._stack(name, stage, [state[position] for state in states])
-        probabilities, confidence, *left = stage.session.run(["probabilities", "confidence", *stage.leaves], feeds)
+        session = stage.sessions[self._own.number % len(stage.sessions)]
+        probabilities, confidence, *left = session.run(["probabilities", "confidence", *stage.leaves], feeds)
         survives = (confidence < np.asarray(batch.thresholds)).tolist()  # in double, as the thresholds are
         rows = [_rows(tensor) for tensor in left]
         kept = [self._keep(batch.stage, rows, row) if stays else None for row, stays in enumerate(survives)]
@@ -106,7 +119,7 @@ class OnnxEngine:
 
     def _stack(self, name: str, stage: _Stage, rows: Sequence[Bytes]) -> Tensor:
         """The rows as one input, in this thread's memory: it holds until the thread's next batch."""
-        inputs: dict[str, Tensor] = self._inputs.__dict__
+        inputs = self._own.inputs
         if name not in inputs or len(inputs[name]) < len(rows):
             inputs[name] = _zeros(stage.inputs[name], len(rows))
         stacked = inputs[name][: len(rows)]
@@ -130,13 +143,13 @@ class OnnxEngine:
     def warm_up(self) -> None:
         """Run every stage at its largest batch, so that the memory it needs is there, and alone."""
         for stage, size in zip(self._stages, self.max_batch_sizes, strict=True):
-            for rows in (size, 1):
-                stage.session.run(None, {name: _zeros(spec, rows) for name, spec in stage.inputs.items()})
+            for rows, session in itertools.product((size, 1), stage.sessions):
+                session.run(None, {name: _zeros(spec, rows) for name, spec in stage.inputs.items()})
 
     def close(self) -> None:
         self._table.clear()
         self._stages.clear()
-        self._inputs = threading.local()
+        self._own = _Own(itertools.count())
         for spare in self._spare:
             spare.clear()
 
@@ -158,6 +171,13 @@ def largest_batch_that_pays(gmacs: float) -> int:
     stage is large. What larger batches save is their way to the thread and back, some tenths of a millisecond: so they
     hold what a core does in 20 ms. Where the bundle has a profile of the machine, the server goes by that."""
     return next((size for size in (2, 4, 8) if size * gmacs >= BATCH_GMACS), 16)
+
+
+def sessions_that_pay(graphs_bytes: int, threads: int) -> int:
+    """How often the graphs, of so many bytes together, are opened. Of a session that several threads run, one finds the
+    memory of its activations in the other's cache: by chance, from one start of a server to the next, an image takes up
+    to a quarter longer. With a session each it never does. Each has its own weights, so there is an end to it."""
+    return max(1, min(threads, SESSIONS_BYTES // max(graphs_bytes, 1)))
 
 
 def own_gmacs(stage_gmacs: Sequence[float]) -> list[float]:

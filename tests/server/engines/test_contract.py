@@ -22,7 +22,7 @@ from server.engines.fake import FakeEngine
 from server.engines.gpu import torch_stage
 from server.engines.gpu.engine import GpuEngine, batch_sizes
 from server.engines.gpu.probe import visible_gpus
-from server.engines.onnx import OnnxEngine, largest_batch_that_pays, own_gmacs
+from server.engines.onnx import OnnxEngine, largest_batch_that_pays, own_gmacs, sessions_that_pay
 from server.errors import BundleError
 from tests.server.engines.gpu.fake_cuda import FakeCuda, HostPlace
 from tests.server.engines.small_stages import CLASSES, MAPS, SIDE, stage_model, write_bundle
@@ -234,6 +234,11 @@ def test_batch_sizes_follow_from_the_work_unless_they_are_set(bundle: Bundle):
     assert own_gmacs((1.0, 3.0, 7.0)) == [1.0, 2.0, 4.0]
     with pytest.raises(ValueError, match="batch sizes"):
         OnnxEngine(bundle, max_batch_sizes=(3, 2))
+
+
+def test_threads_have_sessions_of_their_own_as_long_as_their_weights_are_bounded():
+    assert [sessions_that_pay(12_000_000, threads) for threads in (1, 2, 16)] == [1, 2, 16]
+    assert [sessions_that_pay(size, 16) for size in (88_000_000, 400_000_000, 2**31, 0)] == [6, 1, 1, 16]
 
 
 def test_a_stage_that_is_not_a_graph_is_named(tmp_path: Path):
