@@ -187,10 +187,7 @@ WHY = {
 
 def _why(key: str, first: str) -> str:
     if key in ("images_per_s", "cpu_ms") and first.split()[0] in COMPILED:
-        return (
-            "Its front is compiled, where ours is Python; and its workers are processes, so that what a large stage "
-            "writes stays in its own core's cache, where our threads share a session's memory."
-        )
+        return "Its front is compiled, where ours is Python."
     return WHY.get(key, "")
 
 

@@ -71,4 +71,4 @@ def load_engine(
         )
     from server.engines.onnx import OnnxEngine
 
-    return OnnxEngine(bundle, max_batch_sizes=max_batch_sizes)
+    return OnnxEngine(bundle, max_batch_sizes=max_batch_sizes, executors=executors)

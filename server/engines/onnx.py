@@ -49,7 +49,7 @@ DTYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "te
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    sessions: tuple[ort.InferenceSession, ...]  # threads have one each, where memory allows
+    sessions: list[ort.InferenceSession]  # one, and behind the warm-up one for each thread where memory allows
     inputs: Mapping[str, TensorSpec]
     takes: tuple[str, ...]  # inputs besides the image, from the stage before
     leaves: tuple[str, ...]  # outputs for the stage after
@@ -73,7 +73,9 @@ class OnnxEngine:
     name = "onnx"
     max_slots: int | None = None
 
-    def __init__(self, bundle: Bundle, *, max_batch_sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, max_batch_sizes: Sequence[int] | None = None, executors: int | None = None
+    ) -> None:
         refuse_bfloat16(bundle)
         manifest = bundle.manifest
         self.num_stages = len(manifest.stages)
@@ -82,15 +84,14 @@ class OnnxEngine:
         self.max_batch_sizes = tuple(max_batch_sizes or map(largest_batch_that_pays, own_gmacs(manifest.stage_gmacs)))
         self.runtime = f"onnxruntime {ort.__version__}"
         self.device = cpu_model()
-        self.executors = usable_cores()
+        self.executors = executors or usable_cores()
         if len(self.max_batch_sizes) != self.num_stages:
             raise ValueError(f"{len(self.max_batch_sizes)} batch sizes for {self.num_stages} stages")
         takes = [tuple(sorted(stage.inputs.keys() - {"image"})) for stage in manifest.stages]
-        files = [bundle.stage_path(number) for number in range(1, self.num_stages + 1)]
-        sessions = sessions_that_pay(sum(file.stat().st_size for file in files if file.exists()), self.executors)
+        self._files = [bundle.stage_path(number) for number in range(1, self.num_stages + 1)]
         self._stages = [
-            _Stage(tuple(_open(file, stage) for _ in range(sessions)), stage.inputs, taken, leaves)
-            for file, stage, taken, leaves in zip(files, manifest.stages, takes, [*takes[1:], ()], strict=True)
+            _Stage([_open(file, stage)], stage.inputs, taken, leaves)
+            for file, stage, taken, leaves in zip(self._files, manifest.stages, takes, [*takes[1:], ()], strict=True)
         ]
         self._table: SlotTable[State] = SlotTable()
         # Rows of each stage's state that nobody holds any more: at most those of two batches.
@@ -141,8 +142,11 @@ class OnnxEngine:
         self._table.free(slots)
 
     def warm_up(self) -> None:
-        """Run every stage at its largest batch, so that the memory it needs is there, and alone."""
-        for stage, size in zip(self._stages, self.max_batch_sizes, strict=True):
+        """Open the sessions that threads have for themselves, and run every stage at its largest batch in all of them,
+        so that the memory it needs is there, and alone."""
+        count = sessions_that_pay(sum(file.stat().st_size for file in self._files), self.executors)
+        for file, stage, size in zip(self._files, self._stages, self.max_batch_sizes, strict=True):
+            stage.sessions.extend(open_session(file) for _ in range(len(stage.sessions), count))
             for rows, session in itertools.product((size, 1), stage.sessions):
                 session.run(None, {name: _zeros(spec, rows) for name, spec in stage.inputs.items()})
 

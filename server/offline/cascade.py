@@ -106,6 +106,7 @@ class Cascade:
         loaded = Bundle.load(EMBEDDED if bundle is None else Path(bundle))
         solve_target(loaded, target)  # before the engine, which takes its time
         running = load_engine(loaded, engine=engine, max_slots=MAX_SLOTS, engine_dir=engine_dir)
+        running.warm_up()
         return cls(loaded, running, target, decode_threads=decode_threads)
 
     @property

@@ -3,11 +3,13 @@ ONNX Runtime and the GPU engine, its stages by torch, on a device that is none."
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,6 +26,7 @@ from server.engines.gpu.engine import GpuEngine, batch_sizes
 from server.engines.gpu.probe import visible_gpus
 from server.engines.onnx import OnnxEngine, largest_batch_that_pays, own_gmacs, sessions_that_pay
 from server.errors import BundleError
+from server.settings import usable_cores
 from tests.server.engines.gpu.fake_cuda import FakeCuda, HostPlace
 from tests.server.engines.small_stages import CLASSES, MAPS, SIDE, stage_model, write_bundle
 
@@ -239,6 +242,27 @@ def test_batch_sizes_follow_from_the_work_unless_they_are_set(bundle: Bundle):
 def test_threads_have_sessions_of_their_own_as_long_as_their_weights_are_bounded():
     assert [sessions_that_pay(12_000_000, threads) for threads in (1, 2, 16)] == [1, 2, 16]
     assert [sessions_that_pay(size, 16) for size in (88_000_000, 400_000_000, 2**31, 0)] == [6, 1, 1, 16]
+
+
+def test_a_cpu_engine_runs_as_many_batches_at_once_as_it_is_told_to(bundle: Bundle):
+    assert OnnxEngine(bundle, executors=3).executors == 3
+    assert OnnxEngine(bundle).executors == usable_cores()
+
+
+@pytest.mark.parametrize("executors", [1, 3])
+def test_threads_of_a_warm_cpu_engine_answer_as_one_that_is_cold(bundle: Bundle, images, executors: int):
+    with closing(OnnxEngine(bundle)) as cold, closing(OnnxEngine(bundle, executors=executors)) as warm:
+        warm.warm_up()
+        expected = all_stages(cold, images).probabilities
+        with ThreadPoolExecutor(4) as threads:
+            together = threading.Barrier(4)  # so that all four run, each with its own number
+
+            def answer(_: int) -> list[Any]:
+                together.wait()
+                return [*all_stages(warm, images).probabilities]
+
+            for said in threads.map(answer, range(4)):
+                assert all(np.array_equal(one, other) for one, other in zip(said, expected, strict=True))
 
 
 def test_a_stage_that_is_not_a_graph_is_named(tmp_path: Path):
