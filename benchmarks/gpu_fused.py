@@ -193,15 +193,17 @@ def _going_on(what: str) -> Iterator[None]:
         _say(f"{what}: {failure(error)}")
 
 
-class _Here:
-    """Torch on one device: an address is a number of a list."""
+class Here:
+    """Torch on one device (`torch_stage.Place`): an address is a number of a list."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.tensors: list[Tensor] = []
 
-    def tensor(self, address: int, shape: torch_stage.Shape, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
-        return self.tensors[address]
+    def tensor(self, address: int, shape: torch_stage.Shape, dtype: torch.dtype) -> Tensor:
+        found = self.tensors[address]
+        assert (tuple(found.shape), found.dtype) == (shape, dtype)
+        return found
 
     def run(self, stream: int, work: torch_stage.Work) -> None:  # noqa: ARG002
         then = work()
@@ -223,7 +225,7 @@ def _opened(
     compile_: torch_stage.Compile | None,
 ) -> tuple[torch_stage.TorchContext, dict[str, Tensor]]:
     """A stage that has run once, and what it gives."""
-    spec, place = bundle.manifest.stages[number - 1], _Here(card.device)
+    spec, place = bundle.manifest.stages[number - 1], Here(card.device)
     stage = torch_stage.TorchStage(bundle.stage_path(number), spec, place, (options.batch,), compile_, fuse)
     names = [*spec.inputs, *(name for name in spec.outputs if name != "logits")]  # as the engine asks
     for name in names:

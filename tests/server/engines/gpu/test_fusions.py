@@ -24,6 +24,7 @@ from tests.server.engines.gpu.runs import all_stages, images
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 pytest.importorskip("onnxscript", reason="bundles are exported here")
 
+from benchmarks.gpu_fused import Here
 from export.half import Precision
 from export.stage import StageGraph
 from export.to_onnx import write_onnx
@@ -79,29 +80,6 @@ def half(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return exported(request.param, tmp_path_factory.mktemp(request.param))
 
 
-class Here:
-    """Torch on the device of the tests: an address is a number of a list."""
-
-    device = DEVICE
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-
-    def tensor(self, address: int, shape: torch_stage.Shape, dtype: torch.dtype) -> Tensor:
-        found = self.tensors[address]
-        assert (tuple(found.shape), found.dtype) == (shape, dtype)
-        return found
-
-    def run(self, stream: int, work: torch_stage.Work) -> None:  # noqa: ARG002
-        then = work()
-        if then is not None:
-            then()
-
-    def enter(self, stream: int) -> None: ...
-
-    def leave(self, stream: int) -> None: ...
-
-
 def run(
     bundle: Bundle,
     number: int,
@@ -111,7 +89,7 @@ def run(
     leave_out: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """What a stage gives when it runs the first time, and again into memory that holds no numbers: the same."""
-    spec, place = bundle.manifest.stages[number - 1], Here()
+    spec, place = bundle.manifest.stages[number - 1], Here(DEVICE)
     stage = torch_stage.TorchStage(bundle.stage_path(number), spec, place, (3,), compile_, fuse)
     addresses = {}
     for name, tensor in {**spec.inputs, **spec.outputs}.items():
@@ -320,7 +298,7 @@ def test_logits_that_are_handed_on_in_another_order_go_where_they_belong(half: B
     pixels = torch.from_numpy(np.stack(images(half, 3))).to(DEVICE)
     usual = run(half, 1, {"image": pixels}, True)["relations_1"]
     file = changed(half, 1, tmp_path, change)
-    other = Here()
+    other = Here(DEVICE)
     spec = half.manifest.stages[0]
     stage = torch_stage.TorchStage(file, spec, other, (3,))
     assert fusions.STATE in {node.operator for node in stage._graph.nodes}
