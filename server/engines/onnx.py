@@ -37,7 +37,7 @@ from server.errors import BundleError
 from server.settings import usable_cores
 
 BATCH_GMACS = 0.9
-SESSIONS_BYTES = 512 * 1024 * 1024  # of graphs, all sessions together
+SESSIONS_BYTES = 256 * 1024 * 1024  # of graphs, all sessions together: pods have half a GiB for the engine
 
 Tensor = NDArray[Any]
 Bytes = NDArray[np.uint8]

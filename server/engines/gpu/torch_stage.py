@@ -399,9 +399,7 @@ class _Node:
     inputs: tuple[str, ...]  # "" stands for one that is left out
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
-    writes: str = (
-        ""  # what an earlier node made, and this one fills a part of where somebody wants it: its last argument
-    )
+    writes: str = ""  # what an earlier node made, and this one fills a part of if it is wanted: its last argument
 
     def get(self, name: str, default: Any) -> Any:
         return self.attributes.get(name, default)

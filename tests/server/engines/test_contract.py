@@ -241,7 +241,7 @@ def test_batch_sizes_follow_from_the_work_unless_they_are_set(bundle: Bundle):
 
 def test_threads_have_sessions_of_their_own_as_long_as_their_weights_are_bounded():
     assert [sessions_that_pay(12_000_000, threads) for threads in (1, 2, 16)] == [1, 2, 16]
-    assert [sessions_that_pay(size, 16) for size in (88_000_000, 400_000_000, 2**31, 0)] == [6, 1, 1, 16]
+    assert [sessions_that_pay(size, 16) for size in (88_000_000, 400_000_000, 2**31, 0)] == [3, 1, 1, 16]
 
 
 def test_a_cpu_engine_runs_as_many_batches_at_once_as_it_is_told_to(bundle: Bundle):
