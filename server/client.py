@@ -26,8 +26,6 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
-DEFAULT_URL = "http://127.0.0.1:8000"
-
 # What a server says of one image, or of one batch. Another refusal is one of the question, whatever the image.
 _OF_ONE_IMAGE = frozenset({400, 408, 413, 415, 500, 503, 504})
 _BUSY = 503

@@ -178,7 +178,7 @@ def _not_first(contenders: dict[str, Any]) -> list[str]:
 
 COMPILED = ("mosec", "triton")
 WHY = {
-    "start_s": "It measures its batches for a second at every start (`profile_seconds`).",
+    "start_s": "It runs every stage, and measures its batches, before it says that it is ready.",
     "half_p50_ms": "Each is asked half of its own images/s, the faster more.",
     "half_p99_ms": "Each is asked half of its own images/s, the faster more.",
     "correct_at_200": "A share of twice each one's own images/s: the column beside it says how many answers that is.",

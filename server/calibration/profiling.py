@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WARM_UP_SIZES = (1, 4, 8, 16, 64, 256)
-WARM_UP_ROUNDS = 5
+WARM_UP_ROUNDS = 3  # each thread's: the profile then follows the machine
 LEAST_ROUNDS = 5  # sizes for which there is no time as often as that are left out, the largest first
 
 

@@ -21,6 +21,7 @@ import platform
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,10 +146,21 @@ class OnnxEngine:
         """Open the sessions that threads have for themselves, and run every stage at its largest batch in all of them,
         so that the memory it needs is there, and alone."""
         count = sessions_that_pay(sum(file.stat().st_size for file in self._files), self.executors)
-        for file, stage, size in zip(self._files, self._stages, self.max_batch_sizes, strict=True):
-            stage.sessions.extend(open_session(file) for _ in range(len(stage.sessions), count))
-            for rows, session in itertools.product((size, 1), stage.sessions):
-                session.run(None, {name: _zeros(spec, rows) for name, spec in stage.inputs.items()})
+
+        def warm(number: int) -> list[ort.InferenceSession]:
+            """The sessions of one thread, a stage each."""
+            sessions = []
+            for file, stage, size in zip(self._files, self._stages, self.max_batch_sizes, strict=True):
+                session = stage.sessions[number] if number < len(stage.sessions) else open_session(file)
+                for rows in (size, 1):
+                    session.run(None, {name: _zeros(spec, rows) for name, spec in stage.inputs.items()})
+                sessions.append(session)
+            return sessions
+
+        with ThreadPoolExecutor(count, thread_name_prefix="warm-up") as pool:  # as they will run: on a core each
+            warmed = list(pool.map(warm, range(count)))
+        for stage, sessions in zip(self._stages, zip(*warmed, strict=True), strict=True):
+            stage.sessions[:] = sessions
 
     def close(self) -> None:
         self._table.clear()
