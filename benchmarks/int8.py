@@ -11,8 +11,10 @@ have them.
 
 Each has a frontier of its own, solved on the held-out slice of the first folder and judged on the second: once by MACs,
 and once by the time that its stages take in batches of the size that pays. The answer is what equal accuracy costs:
-times on both curves at the same accuracies, with an interval from drawing the judging images anew. Time is the thread's
-CPU time, one thread, all in turn: others on the machine do not count, but for the caches that they take.
+times on both curves at the same accuracies, with an interval from drawing the judging images anew. Time is CPU time of
+the process, one thread, all in turn: others on the machine do not count, but for the caches that they take.
+
+`--openvino` (`pip install openvino`) puts another runtime beside, on the same fp32 graphs, in fp32 and in bf16.
 
 Legend: N images, E exits, R rows of a frontier.
 """
@@ -33,6 +35,7 @@ from onnxruntime.quantization import QuantType
 
 from benchmarks.backbone import cost_of
 from benchmarks.harness import RESULTS, Report, command_line, finish
+from benchmarks.openvino_session import OpenVinoSession
 from benchmarks.precision import (
     CHECKPOINT,
     Images,
@@ -62,7 +65,8 @@ TOGETHER = 33  # images of one batch whose rows are compared with those of small
 DRAWS = 200
 STEPS = 101  # accuracies at which two curves are compared
 
-Sessions = Sequence[InferenceSession]
+Session = InferenceSession | OpenVinoSession
+Sessions = Sequence[Session]
 Points = list[tuple[float, float]]  # ms, accuracy
 
 DESIGNS = {
@@ -89,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--scaling", type=int, default=SCALING, help="photos that find the scales (default %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=40, help="(default %(default)s)")
+    parser.add_argument("--openvino", action="store_true", help="OpenVINO as well, in fp32 and bf16")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder for int8.json")
     options = parser.parse_args(arguments)
     options.command = command_line("int8", sys.argv[1:] if arguments is None else arguments)
@@ -124,11 +129,18 @@ def _measure(report: Report, folder: Path, options: argparse.Namespace) -> None:
             quantise(before, after, _rows_in_batches(feeds), DESIGNS[name])
         sessions[name] = [open_session(file) for file in files[name]]
 
-    for name in sessions:
+    for name in files:
         sizes = [file.stat().st_size for file in files[name]]
         report.add(f"{name}: size of the stages", f"{sum(sizes) / 1e6:.2f} MB", **{f"{name}_bytes": sizes})
         wrong = _depending_rows(graphs, sessions[name], images["solving"][:TOGETHER])
         report.must_be_zero(f"{name}: rows that depend on their batch", wrong, **{f"{name}_depending_rows": wrong})
+
+    if options.openvino:
+        for hint in ("f32", "bf16"):
+            name = f"openvino_{hint}"
+            sessions[name] = [OpenVinoSession(file, hint) for file in files[PLAIN]]
+            rows = _depending_rows(graphs, sessions[name], images["solving"][:TOGETHER])
+            report.add(f"{name}: rows that depend on their batch", str(rows), **{f"{name}_depending_rows": rows})
 
     gmacs = [macs / 1e9 for macs in cumulative_macs(model)]
     batches = [largest_batch_that_pays(own) for own in own_gmacs(gmacs)]
@@ -221,17 +233,17 @@ def _measure_times(
     return {name: np.cumsum(each).tolist() for name, each in stages.items()}
 
 
-def _in_turns(sessions: Mapping[str, InferenceSession], feeds: Tensors, rounds: int) -> dict[str, NDArray[np.float64]]:
+def _in_turns(sessions: Mapping[str, Session], feeds: Tensors, rounds: int) -> dict[str, NDArray[np.float64]]:
     """CPU seconds of each in each round, in changing order."""
     names = list(sessions)
     taken: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-1, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            began = time.thread_time()
+            began = time.process_time()
             sessions[name].run(None, feeds)
             if number >= 0:  # one round warms up
-                taken[name].append(time.thread_time() - began)
+                taken[name].append(time.process_time() - began)
     return {name: np.array(seconds) for name, seconds in taken.items()}
 
 

@@ -342,6 +342,17 @@ def test_integers_are_held_against_fp32(image_folder: Path, micro_checkpoint: Pa
     assert figures["uint8_confidence_mean"] != figures["uint8_7bit_confidence_mean"]
 
 
+def test_another_runtime_says_what_ours_says(image_folder: Path, micro_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed (pip install openvino)")
+    arguments = [str(image_folder), str(image_folder), "--checkpoint", str(micro_checkpoint), "--held-out", "0.5"]
+    arguments += ["--designs", "uint8", "--scaling", "32", "--rounds", "2", "--openvino", "--out", str(tmp_path)]
+    assert int8.main(arguments) == 0
+    figures = json.loads((tmp_path / "int8.json").read_text())["figures"]
+    assert max(figures["openvino_f32_confidence_largest"]) < 1e-4
+    assert max(figures["openvino_bf16_confidence_largest"]) < 0.1
+    assert figures["openvino_bf16_stage3_batch1_ms"] > 0
+
+
 def test_a_curve_of_half_the_cost_is_twice_as_cheap() -> None:
     plain = [(1.0, 0.5), (2.0, 0.7), (4.0, 0.8)]
     assert int8.cost_ratio(plain, [(cost / 2, accuracy) for cost, accuracy in plain]) == pytest.approx(2)
