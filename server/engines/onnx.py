@@ -90,10 +90,13 @@ class OnnxEngine:
             raise ValueError(f"{len(self.max_batch_sizes)} batch sizes for {self.num_stages} stages")
         takes = [tuple(sorted(stage.inputs.keys() - {"image"})) for stage in manifest.stages]
         self._files = [bundle.stage_path(number) for number in range(1, self.num_stages + 1)]
+        self._specs = manifest.stages
+        self._opened = [_identity(file) for file in self._files]
         self._stages = [
             _Stage([_open(file, stage)], stage.inputs, taken, leaves)
             for file, stage, taken, leaves in zip(self._files, manifest.stages, takes, [*takes[1:], ()], strict=True)
         ]
+        self._bytes = sum(file.stat().st_size for file in self._files)
         self._table: SlotTable[State] = SlotTable()
         # Rows of each stage's state that nobody holds any more: at most those of two batches.
         self._spare: list[deque[State]] = [deque(maxlen=2 * size) for size in self.max_batch_sizes]
@@ -144,14 +147,17 @@ class OnnxEngine:
 
     def warm_up(self) -> None:
         """Open the sessions that threads have for themselves, and run every stage at its largest batch in all of them,
-        so that the memory it needs is there, and alone."""
-        count = sessions_that_pay(sum(file.stat().st_size for file in self._files), self.executors)
+        so that the memory it needs is there, and alone.
+
+        Raises BundleError where a graph is no longer the one that was loaded: no two threads may have different ones.
+        """
+        count = sessions_that_pay(self._bytes, self.executors)
 
         def warm(number: int) -> list[ort.InferenceSession]:
             """The sessions of one thread, a stage each."""
             sessions = []
-            for file, stage, size in zip(self._files, self._stages, self.max_batch_sizes, strict=True):
-                session = stage.sessions[number] if number < len(stage.sessions) else open_session(file)
+            for at, (stage, size) in enumerate(zip(self._stages, self.max_batch_sizes, strict=True)):
+                session = stage.sessions[number] if number < len(stage.sessions) else self._open_again(at)
                 for rows in (size, 1):
                     session.run(None, {name: _zeros(spec, rows) for name, spec in stage.inputs.items()})
                 sessions.append(session)
@@ -161,6 +167,12 @@ class OnnxEngine:
             warmed = list(pool.map(warm, range(count)))
         for stage, sessions in zip(self._stages, zip(*warmed, strict=True), strict=True):
             stage.sessions[:] = sessions
+
+    def _open_again(self, at: int) -> ort.InferenceSession:
+        session = _open(self._files[at], self._specs[at])
+        if _identity(self._files[at]) != self._opened[at]:
+            raise BundleError(f"{self._files[at]}: was replaced while the server started; start it again")
+        return session
 
     def close(self) -> None:
         self._table.clear()
@@ -238,6 +250,14 @@ def open_session(graph: Path | bytes) -> ort.InferenceSession:
         providers=["CPUExecutionProvider"],
         disabled_optimizers=["SkipLayerNormFusion"],  # its fused kernel is 10-20 % slower on CPU
     )
+
+
+def _identity(file: Path) -> tuple[int, int, int] | None:
+    """Another one for a file that was replaced or written to; None where there is none."""
+    with suppress(OSError):
+        found = file.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
 
 
 def _open(file: Path, spec: StageSpec) -> ort.InferenceSession:

@@ -265,6 +265,22 @@ def test_threads_of_a_warm_cpu_engine_answer_as_one_that_is_cold(bundle: Bundle,
                 assert all(np.array_equal(one, other) for one, other in zip(said, expected, strict=True))
 
 
+def test_no_thread_gets_another_graph_than_the_others(tmp_path: Path):
+    bundle = write_bundle(tmp_path)
+    with closing(OnnxEngine(bundle, executors=2)) as engine:
+        graph = tmp_path / "stage2.onnx"
+        content = graph.read_bytes()
+        graph.rename(tmp_path / "before.onnx")
+        graph.write_bytes(content)
+        with pytest.raises(BundleError, match=r"stage2\.onnx: was replaced while the server started"):
+            engine.warm_up()
+        graph.unlink()
+        with pytest.raises(BundleError, match=r"stage2\.onnx: cannot be loaded"):
+            engine.warm_up()
+        (tmp_path / "before.onnx").rename(graph)
+        engine.warm_up()
+
+
 def test_a_stage_that_is_not_a_graph_is_named(tmp_path: Path):
     bundle = write_bundle(tmp_path)
     (tmp_path / "stage2.onnx").write_bytes(b"not a graph")
