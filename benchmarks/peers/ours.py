@@ -17,9 +17,10 @@ from server.bundle.frontier import NEVER
 ABOUT = (
     "`dvt serve` as it comes, one process; nothing is audited. *full*: thresholds that no confidence reaches. "
     "*cascade*: fixed thresholds, as its peers have them. *budget*: the same operating point asked for as a mean "
-    "cost, which the server keeps to where fixed thresholds come to more or less than was solved, and leaves for cheaper "
-    "ones while there is too much to do. It takes the batch sizes that it finds to pay, and has no window. In open loop "
-    "each request tells its deadline (`timeout_ms`); peers are told once, at their start, where they can be told at all."
+    "cost, which the server keeps to where fixed thresholds come to more or less than was solved, and leaves for "
+    "cheaper ones while there is too much to do. It takes the batch sizes that it finds to pay, and has no window. "
+    "In open loop each request tells its deadline (`timeout_ms`); peers are told once, at their start, where they can "
+    "be told at all."
 )
 
 
