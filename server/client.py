@@ -23,8 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import httpx
 from pydantic import BaseModel, Field, ValidationError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 # What a server says of one image, or of one batch. Another refusal is one of the question, whatever the image.
 _OF_ONE_IMAGE = frozenset({400, 408, 413, 415, 500, 503, 504})
@@ -96,6 +97,8 @@ class Client:
     """Asks one server. Use it as an async context manager. `concurrency`: requests at once, each on its connection."""
 
     def __init__(self, url: str, *, timeout_s: float = 60.0, concurrency: int = 1) -> None:
+        import httpx  # not with the module: the commands import it, and a server starts without
+
         self._url = url
         self._concurrency = concurrency
         token = os.environ.get("DVT_CONTROL_TOKEN", "").strip()
@@ -206,6 +209,8 @@ class Client:
         return NotOurs(f"{self._url}{path} answered {status}, which is not an answer of this server")
 
     async def _request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        import httpx
+
         try:
             response = await self._http.request(method, path, **options)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:

@@ -13,7 +13,7 @@ import sys
 from contextlib import aclosing
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import click
 import typer
@@ -21,11 +21,9 @@ from tqdm import tqdm
 
 from server import process
 from server.bench.command import bench
-from server.settings import DEFAULT_URL, Settings, SettingsError, read_settings
+from server.client import DEFAULT_URL, Client, ClientError, ImageError, Model, Refused
+from server.settings import Settings, SettingsError, read_settings
 from server.terminal import Table, Tally, printable
-
-if TYPE_CHECKING:
-    from server.client import Model
 
 log = logging.getLogger(__name__)
 
@@ -466,8 +464,6 @@ def classify(
       dvt classify photos/*.jpg --top-k 3
       dvt classify cat.jpg --json | jq .results[0].exit
     """
-    from server.client import ClientError  # with an HTTP library, which a server starts without
-
     tally = Tally()
     try:
         asyncio.run(_classify(images, url, top_k, concurrency, as_json, tally))
@@ -481,8 +477,6 @@ def classify(
 async def _classify(
     images: list[Path], url: str, top_k: int | None, concurrency: int, as_json: bool, tally: Tally
 ) -> None:
-    from server.client import Client, ImageError
-
     top_k = top_k if top_k or as_json else 1
     table: Table | None = None
     hidden = not _is_terminal(sys.stdout) and _is_terminal(sys.stderr)  # rows that nobody sees: a bar tells how far
@@ -592,8 +586,6 @@ def budget(
         body["mix"] = True
     if preview and body is None:
         raise click.UsageError("--preview needs a TARGET")
-    from server.client import ClientError, Refused
-
     try:
         click.echo(asyncio.run(_budget(url, body, preview, _scope(scope, expires, body, preview), as_json)))
     except ClientError as error:
@@ -618,8 +610,6 @@ def _scope(scope: str | None, expires: float | None, body: dict[str, Any] | None
 
 
 async def _budget(url: str, body: dict[str, Any] | None, preview: bool, params: dict[str, Any], as_json: bool) -> str:
-    from server.client import Client
-
     async with Client(url) as client:
         if body is None:
             state = await client.budget()

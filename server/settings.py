@@ -17,7 +17,6 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "DVT_"
-DEFAULT_URL = "http://127.0.0.1:8000"  # where a server is that was told nothing else
 LOG_LEVELS = ("debug", "info", "warning", "error")
 POLICY_STORES = ("file", "configmap")
 ENGINES = ("auto", "onnx", "tensorrt", "torch-cuda", "onnx-cuda")

@@ -10,12 +10,10 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-if TYPE_CHECKING:
-    from server.client import ImageError, Model, Result
+from server.client import ImageError, Model, Result
 
 _WIDEST_LABEL = 32
 _LEAST_NAME = 8

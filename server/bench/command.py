@@ -14,7 +14,7 @@ import orjson
 import typer
 from tqdm import tqdm
 
-from server.settings import DEFAULT_URL
+from server.client import DEFAULT_URL, ClientError
 from server.terminal import printable
 
 ARRIVALS = ("poisson", "gamma", "mmpp", "even")
@@ -122,7 +122,6 @@ def bench(
     from server.bench.page import page
     from server.bench.senders import DriverFailed
     from server.bench.workload import WorkloadError
-    from server.client import ClientError
 
     load = Load(
         **{field.name: given[field.name] for field in fields(Load) if field.name in given}
