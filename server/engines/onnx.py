@@ -50,8 +50,10 @@ DTYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "te
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
+    file: Path
+    spec: StageSpec
+    opened: tuple[int, int, int] | None  # the file's identity, before it was opened for the first time
     sessions: list[ort.InferenceSession]  # one, and behind the warm-up one for each thread where memory allows
-    inputs: Mapping[str, TensorSpec]
     takes: tuple[str, ...]  # inputs besides the image, from the stage before
     leaves: tuple[str, ...]  # outputs for the stage after
 
@@ -89,14 +91,12 @@ class OnnxEngine:
         if len(self.max_batch_sizes) != self.num_stages:
             raise ValueError(f"{len(self.max_batch_sizes)} batch sizes for {self.num_stages} stages")
         takes = [tuple(sorted(stage.inputs.keys() - {"image"})) for stage in manifest.stages]
-        self._files = [bundle.stage_path(number) for number in range(1, self.num_stages + 1)]
-        self._specs = manifest.stages
-        self._opened = [_identity(file) for file in self._files]
+        files = [bundle.stage_path(number) for number in range(1, self.num_stages + 1)]
         self._stages = [
-            _Stage([_open(file, stage)], stage.inputs, taken, leaves)
-            for file, stage, taken, leaves in zip(self._files, manifest.stages, takes, [*takes[1:], ()], strict=True)
+            _Stage(file, spec, _identity(file), [_open(file, spec)], taken, leaves)
+            for file, spec, taken, leaves in zip(files, manifest.stages, takes, [*takes[1:], ()], strict=True)
         ]
-        self._bytes = sum(file.stat().st_size for file in self._files)
+        self._graphs_bytes = sum(file.stat().st_size for file in files)
         self._table: SlotTable[State] = SlotTable()
         # Rows of each stage's state that nobody holds any more: at most those of two batches.
         self._spare: list[deque[State]] = [deque(maxlen=2 * size) for size in self.max_batch_sizes]
@@ -126,7 +126,7 @@ class OnnxEngine:
         """The rows as one input, in this thread's memory: it holds until the thread's next batch."""
         inputs = self._own.inputs
         if name not in inputs or len(inputs[name]) < len(rows):
-            inputs[name] = _zeros(stage.inputs[name], len(rows))
+            inputs[name] = _zeros(stage.spec.inputs[name], len(rows))
         stacked = inputs[name][: len(rows)]
         for place, row in zip(_rows(stacked), rows, strict=True):
             _copy(row, place)
@@ -151,15 +151,15 @@ class OnnxEngine:
 
         Raises BundleError where a graph is no longer the one that was loaded: no two threads may have different ones.
         """
-        count = sessions_that_pay(self._bytes, self.executors)
+        count = sessions_that_pay(self._graphs_bytes, self.executors)
 
         def warm(number: int) -> list[ort.InferenceSession]:
             """The sessions of one thread, a stage each."""
             sessions = []
-            for at, (stage, size) in enumerate(zip(self._stages, self.max_batch_sizes, strict=True)):
-                session = stage.sessions[number] if number < len(stage.sessions) else self._open_again(at)
+            for stage, size in zip(self._stages, self.max_batch_sizes, strict=True):
+                session = stage.sessions[number] if number < len(stage.sessions) else _open_again(stage)
                 for rows in (size, 1):
-                    session.run(None, {name: _zeros(spec, rows) for name, spec in stage.inputs.items()})
+                    session.run(None, {name: _zeros(spec, rows) for name, spec in stage.spec.inputs.items()})
                 sessions.append(session)
             return sessions
 
@@ -167,12 +167,6 @@ class OnnxEngine:
             warmed = list(pool.map(warm, range(count)))
         for stage, sessions in zip(self._stages, zip(*warmed, strict=True), strict=True):
             stage.sessions[:] = sessions
-
-    def _open_again(self, at: int) -> ort.InferenceSession:
-        session = _open(self._files[at], self._specs[at])
-        if _identity(self._files[at]) != self._opened[at]:
-            raise BundleError(f"{self._files[at]}: was replaced while the server started; start it again")
-        return session
 
     def close(self) -> None:
         self._table.clear()
@@ -270,6 +264,13 @@ def _open(file: Path, spec: StageSpec) -> ort.InferenceSession:
         raise BundleError(f"{file}: cannot be loaded by ONNX Runtime: {error}") from error
     _compare(file, "input", spec.inputs, session.get_inputs(), all_named=True)
     _compare(file, "output", spec.outputs, session.get_outputs(), all_named=False)
+    return session
+
+
+def _open_again(stage: _Stage) -> ort.InferenceSession:
+    session = _open(stage.file, stage.spec)
+    if _identity(stage.file) != stage.opened:
+        raise BundleError(f"{stage.file}: was replaced while the server started; start it again")
     return session
 
 
