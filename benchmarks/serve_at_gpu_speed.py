@@ -20,7 +20,7 @@ from server.app import create_app
 from server.bundle.manifest import Bundle
 from server.core import Slot, StageBatch, StageOutput
 from server.engines.fake import FakeEngine
-from server.frontend import listener
+from server.frontend import address, listener
 from server.settings import read_settings
 
 IMAGE_S = 0.0001
@@ -66,8 +66,8 @@ def main() -> None:
     settings = read_settings({"port": 0})
     bundle = Bundle.load(options.bundle)
     app = create_app(settings, bundle, FastEngine(bundle))
-    with listener.bind(settings) as socket:
-        url = listener.url_of(socket)
+    with address.bind(settings) as socket:
+        url = address.url_of(socket)
         listener.run(app, settings, socket, lambda: print(f"Listening on {url}", flush=True))
 
 

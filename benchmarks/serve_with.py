@@ -28,7 +28,7 @@ from server.cascade.scheduler import Policy, deepest_first
 from server.core import Engine, StageBatch, StageOutput
 from server.engines import load_engine
 from server.engines.fake import FakeEngine
-from server.frontend import listener
+from server.frontend import address, listener
 from server.service import Service
 from server.settings import read_settings
 
@@ -74,8 +74,8 @@ def main() -> None:
         _exchange_policy(service, options.policy, engine.max_batch_sizes[0])
     if options.steady:
         service.budget.tick = lambda *_: None  # type: ignore[method-assign]
-    with listener.bind(settings) as socket:
-        url = listener.url_of(socket)
+    with address.bind(settings) as socket:
+        url = address.url_of(socket)
         listener.run(app, settings, socket, lambda: print(f"Listening on {url}", flush=True))
 
 

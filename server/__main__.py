@@ -7,6 +7,7 @@ package whose libraries are not installed (torch, onnx) still shows, and says wh
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 if os.getpid() == 1:  # in a container: to that process the kernel gives no signal that it has not asked for
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
+gc.disable()  # see `process.importing`
 try:
     from contextlib import suppress
     from importlib.metadata import EntryPoint, entry_points
@@ -29,6 +31,8 @@ try:
 except KeyboardInterrupt:  # all this takes half a second, in which one may have thought better of it
     print("Interrupted", file=sys.stderr)
     sys.exit(130)
+gc.freeze()
+gc.enable()
 
 GROUP = "dvt.commands"
 

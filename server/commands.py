@@ -10,10 +10,11 @@ import math
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import click
 import typer
@@ -24,6 +25,9 @@ from server.bench.command import bench
 from server.client import DEFAULT_URL, Client, ClientError, ImageError, Model, Refused
 from server.settings import Settings, SettingsError, read_settings
 from server.terminal import Table, Tally, printable
+
+if TYPE_CHECKING:
+    from server.bundle.manifest import Bundle
 
 log = logging.getLogger(__name__)
 
@@ -101,21 +105,20 @@ def start(settings: Settings, dry_run: bool) -> None:
     process.hush()
     if not dry_run:
         process.hear_stop(lambda _: process.leave(0))  # until there is a server to stop
-    # Heavy: kept away from the other commands, and from --help.
-    from server.app import create_app
-    from server.bundle.manifest import EMBEDDED, Bundle
-    from server.engines import load_engine
-    from server.errors import BundleError, EngineUnavailable
-    from server.frontend import listener
-    from server.service import check_batch_sizes
+    with process.importing():  # heavy, here and below: kept away from the other commands, and from --help
+        from server.bundle.manifest import EMBEDDED, Bundle
+        from server.core import Engine
+        from server.engines import load_engine
+        from server.errors import BundleError, EngineUnavailable
+        from server.frontend import address
 
-    # The address first: that it is taken should be said at once, not after the engine was loaded.
-    with contextlib.nullcontext() if dry_run else listener.bind(settings) as socket:
+    def open_engine() -> tuple[Bundle, Engine]:
+        """Warm, so that all that can be wrong with it is known."""
         try:
-            loaded = Bundle.load(settings.bundle or EMBEDDED)
-            check_batch_sizes(settings, loaded)
+            bundle = Bundle.load(settings.bundle or EMBEDDED)
+            settings.check_batch_sizes(len(bundle.manifest.stages))
             engine = load_engine(
-                loaded,
+                bundle,
                 engine=settings.engine,
                 max_batch_sizes=settings.max_batch_sizes,
                 executors=settings.executors,
@@ -123,29 +126,41 @@ def start(settings: Settings, dry_run: bool) -> None:
                 engine_dir=settings.engine_dir,
                 build_engines=settings.build_engines,
             )
+            log.info("the engine is %s: %s on %s", engine.name, engine.runtime, engine.device)
+            engine.warm_up()
         except (BundleError, EngineUnavailable) as error:
             raise _Refused(str(error)) from None
         except ModuleNotFoundError as error:
             raise click.ClickException(f"no engine: {error}; install one: pip install 'dvt-serve[cpu]'") from None
-        log.info("the engine is %s: %s on %s", engine.name, engine.runtime, engine.device)
-        if settings.state_dir is None and not dry_run:
+        return bundle, engine
+
+    if dry_run:
+        bundle, engine = open_engine()
+        from server.app import create_app
+
+        # It leaves the stored budget to the servers that may be running.
+        create_app(settings.model_copy(update={"state_dir": None, "policy_store": "file"}), bundle, engine)
+        engine.close()
+        click.echo(f"{_described(bundle)}: in order")
+        return
+    # The address first: that it is taken should be said at once, not after the engine was loaded.
+    with address.bind(settings) as socket:
+        # A start is as long as both: what Python imports takes one core, what the runtime does all others.
+        with ThreadPoolExecutor(1, thread_name_prefix="open") as beside:
+            opening = beside.submit(open_engine)
+            with process.importing():
+                from server.app import create_app
+                from server.frontend import listener
+            bundle, engine = opening.result()
+        if settings.state_dir is None:
             log.info("budgets are kept in memory only, until this process ends: DVT_STATE_DIR names no folder")
-        # A dry run leaves the stored budget to the servers that may be running.
-        alone = {"state_dir": None, "policy_store": "file"}
-        app = create_app(settings.model_copy(update=alone) if dry_run else settings, loaded, engine)
-        manifest = loaded.manifest
-        model = f"{manifest.name} {manifest.version}: {len(manifest.stages)} exits, {len(manifest.labels)} classes"
-        if socket is None:
-            engine.warm_up()
-            engine.close()
-            click.echo(f"{model}: in order")
-            return
-        url = listener.url_of(socket)
+        app = create_app(settings, bundle, engine)
+        url = address.url_of(socket)
 
         def started() -> None:
             process.settle()
             process.say(
-                f"Serving {model}\n"
+                f"Serving {_described(bundle)}\n"
                 f"Listening on {url}   (docs: {url}/docs, stop: Ctrl-C)\n"
                 f"Try: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/classify"
             )
@@ -154,6 +169,11 @@ def start(settings: Settings, dry_run: bool) -> None:
         if not ended_well:
             log.critical("the server failed")
         process.leave(0 if ended_well else 1)
+
+
+def _described(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    return f"{manifest.name} {manifest.version}: {len(manifest.stages)} exits, {len(manifest.labels)} classes"
 
 
 def calibrate(

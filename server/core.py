@@ -106,7 +106,8 @@ class Engine(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Run every stage once, so that the first request is not slower than the next."""
+        """Run every stage once, so that the first request is not slower than the next. Once warm, it stays so: a
+        second call does nothing."""
         ...
 
     def close(self) -> None: ...

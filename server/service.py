@@ -427,15 +427,8 @@ def _batch_sizes(settings: Settings, bundle: Bundle, engine: Engine, executors: 
     if settings.max_batch_sizes is None:
         kept = kept_profile(bundle, engine, executors)
         return engine.max_batch_sizes if kept is None else kept.sizes_that_pay()
-    check_batch_sizes(settings, bundle)
+    settings.check_batch_sizes(len(bundle.manifest.stages))
     return settings.max_batch_sizes
-
-
-def check_batch_sizes(settings: Settings, bundle: Bundle) -> None:
-    """Raises SettingsError for other than one size for each stage."""
-    sizes, stages = settings.max_batch_sizes, len(bundle.manifest.stages)
-    if sizes is not None and len(sizes) != stages:
-        raise SettingsError(f"bad setting DVT_MAX_BATCH_SIZES: {len(sizes)} sizes, but the model has {stages} stages")
 
 
 def _describe_frontier(bundle: Bundle, rows: Sequence[FrontierRow]) -> dict[str, Any]:

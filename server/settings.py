@@ -155,8 +155,8 @@ class Settings(BaseSettings):
         1.0,
         ge=0,
         le=60,
-        description="Time to measure batches for at the start, where the bundle has no profile for this machine; 0 "
-        "measures none: then there are no latency budgets, no brownout and no early refusals.",
+        description="At most so many seconds of the start go to measuring batches, each size twice, where the bundle has "
+        "no profile for this machine; 0 measures none: then there are no latency budgets, no brownout and no early refusals.",
     )
     engine_dir: Path | None = Field(
         None,
@@ -339,6 +339,14 @@ class Settings(BaseSettings):
                 "DVT_CONTROL_TOKEN_FILE, or DVT_OPEN_CONTROL=true where that is meant"
             )
         return self
+
+    def check_batch_sizes(self, stages: int) -> None:
+        """Raises SettingsError for other than one size for each stage."""
+        sizes = self.max_batch_sizes
+        if sizes is not None and len(sizes) != stages:
+            raise SettingsError(
+                f"bad setting DVT_MAX_BATCH_SIZES: {len(sizes)} sizes, but the model has {stages} stages"
+            )
 
 
 def read_settings(arguments: Mapping[str, Any] | None = None) -> Settings:

@@ -1,8 +1,12 @@
 """Measuring a latency profile: a real engine, real survivors, as many batches at once as the server will run.
 
 A machine is noisy for seconds at a time, so sizes are not measured one after the other: every round takes each size
-once, and rounds go on while there is time. On a CPU batches that run at once slow one another down; every thread walks
-the sizes from another place, as in a server, where batches of all stages and sizes meet.
+once, and rounds go on while there is time. The first goes upwards, as far as there is time for. On a CPU batches that
+run at once slow one another down; from the second round on every thread walks the sizes from another place, as in a
+server, where batches of all stages and sizes meet.
+
+A server measures each size twice before it is ready, no more: a start that waits is what a fleet scales by, and the
+profile then follows what batches take. Of two runs the shorter counts, as no accident makes a batch quick.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import accumulate, count
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +34,9 @@ from server.engines import load_engine
 log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-WARM_UP_SIZES = (1, 4, 8, 16, 64, 256)
-WARM_UP_ROUNDS = 3  # each thread's: the profile then follows the machine
-LEAST_ROUNDS = 5  # sizes for which there is no time as often as that are left out, the largest first
+WARM_UP_SIZES = (1, 4, 16, 64, 256)
+WARM_UP_RUNS = 2  # of each size, by all threads together
+LEAST_ROUNDS = 5  # where nobody asks for fewer: sizes without time for as many are left out, the largest first
 
 
 def identify(bundle: Bundle, engine: Engine, concurrency: int) -> Identity:
@@ -55,8 +59,8 @@ def measure(
     """Seconds per batch of every stage, p50 and p99, with `concurrency` batches running at once.
 
     `sizes`, rising: those up to `beyond` times a stage's largest batch that pays. Takes about `seconds`, or `rounds`
-    per thread where that is shorter; an engine that is too slow for that is run twice with one image. The engine must
-    be warm and idle. No state stays in it. Raises EngineFailed, and whatever the engine raises.
+    per thread where that is shorter; with an engine that is too slow for that, as long as it needs for one image. The
+    engine must be warm and idle. No state stays in it. Raises EngineFailed, and whatever the engine raises.
     """
     # A stage gets its images from the one before: none is measured with more than that one is.
     most = sizes[-1] if engine.max_slots is None else max(1, engine.max_slots // concurrency)
@@ -75,26 +79,37 @@ def measure(
                 taken.append(clock() - began)
         return taken
 
-    chosen = _affordable([size for size in sizes if size <= largest[0]], run, seconds / LEAST_ROUNDS)
+    fitting = [size for size in sizes if size <= largest[0]]
+    least = LEAST_ROUNDS if rounds is None else rounds
     failed = threading.Event()
 
     def walk(thread: int) -> list[tuple[int, list[float]]]:
-        first = thread * len(chosen) // concurrency
-        least, most = len(chosen), None if rounds is None else rounds * len(chosen)
         runs: list[tuple[int, list[float]]] = []
-        for step in count():
-            now = clock()
-            if thread == 0:
-                bar.update(max(0.0, min(now, until) - (until - seconds) - bar.n))
-            if failed.is_set() or step == most or (step >= least and now >= until):
-                break
-            size = chosen[(first + step) % len(chosen)]
+
+        def take(size: int) -> float:
             try:
                 runs.append((size, run(size)))
             except BaseException:
                 failed.set()  # the others need not go on
                 raise
-        return runs
+            if thread == 0:
+                bar.update(max(0.0, min(clock(), until) - (until - seconds) - bar.n))
+            return sum(runs[-1][1])
+
+        chosen: list[int] = []
+        spent = last = 0.0
+        for size in fitting:
+            if failed.is_set() or (chosen and spent + last * size / chosen[-1] > seconds / least):
+                break
+            last = take(size)
+            spent += last
+            chosen.append(size)
+        at = thread * len(chosen) // concurrency
+        while not failed.is_set() and clock() < until and (rounds is None or len(runs) < rounds * len(chosen)):
+            take(chosen[at % len(chosen)])
+            at += 1
+        # Nobody has run the engine with more than pays: what that took at first was to get the memory for it.
+        return runs[len(chosen) :] or runs if beyond > 1 else runs
 
     layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
     with (
@@ -127,7 +142,13 @@ def profile_at_start(bundle: Bundle, engine: Engine, *, executors: int, seconds:
         return None
     began = time.monotonic()
     try:
-        stages = measure(engine, seconds=seconds, concurrency=executors, sizes=WARM_UP_SIZES, rounds=WARM_UP_ROUNDS)
+        stages = measure(
+            engine,
+            seconds=seconds,
+            concurrency=executors,
+            sizes=WARM_UP_SIZES,
+            rounds=WARM_UP_RUNS // min(executors, WARM_UP_RUNS),
+        )
     except Exception as error:  # whatever the engine raises
         log.warning("no latency profile: the engine failed while it was measured (%s: %s)", type(error).__name__, error)
         return None
@@ -175,23 +196,9 @@ def as_table(profile: LatencyProfile) -> str:
     return "\n".join(lines)
 
 
-def _affordable(sizes: Sequence[int], run: Callable[[int], list[float]], seconds: float) -> list[int]:
-    """The sizes, from the smallest, that can be run one after the other in so many seconds; the smallest in any case.
-
-    Tries them, which also gets the memory for each from the system: these times are not those of the profile.
-    """
-    chosen: list[int] = []
-    spent = last = 0.0
-    for size in sizes:
-        if chosen and spent + last * size / chosen[-1] > seconds:
-            break
-        last = sum(run(size))
-        spent += last
-        chosen.append(size)
-    return chosen
-
-
 def _summary(samples: dict[int, list[float]]) -> StageCost:
     batches = tuple(sorted(samples))
-    p50, p99 = (tuple(round(float(np.percentile(samples[size], q)), 9) for size in batches) for q in (50, 99))
+    p50, p99 = (
+        tuple(round(float(np.percentile(samples[size], q, method="lower")), 9) for size in batches) for q in (50, 99)
+    )
     return StageCost(batches, p50, p99)

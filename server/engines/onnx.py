@@ -20,7 +20,7 @@ import itertools
 import platform
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -92,15 +92,20 @@ class OnnxEngine:
             raise ValueError(f"{len(self.max_batch_sizes)} batch sizes for {self.num_stages} stages")
         takes = [tuple(sorted(stage.inputs.keys() - {"image"})) for stage in manifest.stages]
         files = [bundle.stage_path(number) for number in range(1, self.num_stages + 1)]
+        identities = [_identity(file) for file in files]
+        opened = _at_once(_open, zip(files, manifest.stages, strict=True), self.executors)
         self._stages = [
-            _Stage(file, spec, _identity(file), [_open(file, spec)], taken, leaves)
-            for file, spec, taken, leaves in zip(files, manifest.stages, takes, [*takes[1:], ()], strict=True)
+            _Stage(file, spec, identity, [session], taken, leaves)
+            for file, spec, identity, session, taken, leaves in zip(
+                files, manifest.stages, identities, opened, takes, [*takes[1:], ()], strict=True
+            )
         ]
         self._graphs_bytes = sum(file.stat().st_size for file in files)
         self._table: SlotTable[State] = SlotTable()
         # Rows of each stage's state that nobody holds any more: at most those of two batches.
         self._spare: list[deque[State]] = [deque(maxlen=2 * size) for size in self.max_batch_sizes]
         self._own = _Own(itertools.count())
+        self._warm = False
 
     @property
     def slots_in_use(self) -> int:
@@ -151,22 +156,21 @@ class OnnxEngine:
 
         Raises BundleError where a graph is no longer the one that was loaded: no two threads may have different ones.
         """
+        if self._warm:
+            return
         count = sessions_that_pay(self._graphs_bytes, self.executors)
 
-        def warm(number: int) -> list[ort.InferenceSession]:
-            """The sessions of one thread, a stage each."""
-            sessions = []
-            for stage, size in zip(self._stages, self.max_batch_sizes, strict=True):
-                session = stage.sessions[number] if number < len(stage.sessions) else _open_again(stage)
-                for rows in (size, 1):
-                    session.run(None, {name: _zeros(spec, rows) for name, spec in stage.spec.inputs.items()})
-                sessions.append(session)
-            return sessions
+        def warm(stage: _Stage, size: int, number: int) -> ort.InferenceSession:
+            session = stage.sessions[number] if number < len(stage.sessions) else _open_again(stage)
+            session.run(None, {name: _zeros(spec, size) for name, spec in stage.spec.inputs.items()})
+            return session
 
-        with ThreadPoolExecutor(count, thread_name_prefix="warm-up") as pool:  # as they will run: on a core each
-            warmed = list(pool.map(warm, range(count)))
-        for stage, sessions in zip(self._stages, zip(*warmed, strict=True), strict=True):
-            stage.sessions[:] = sessions
+        # As they will run, on a core each; the dearest first, so that all are done at about the same time.
+        stages = list(zip(self._stages, self.max_batch_sizes, strict=True))[::-1]
+        warmed = _at_once(warm, ((stage, size, number) for stage, size in stages for number in range(count)), count)
+        for at, (stage, _) in enumerate(stages):
+            stage.sessions[:] = warmed[at * count : (at + 1) * count]
+        self._warm = True
 
     def close(self) -> None:
         self._table.clear()
@@ -174,6 +178,14 @@ class OnnxEngine:
         self._own = _Own(itertools.count())
         for spare in self._spare:
             spare.clear()
+
+
+def _at_once(
+    function: Callable[..., ort.InferenceSession], arguments: Iterable[tuple[Any, ...]], threads: int
+) -> list[ort.InferenceSession]:
+    """What the function makes of each, in order. Raises what it raised for the first of those that it raised for."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="open") as pool:
+        return list(pool.map(lambda each: function(*each), arguments))
 
 
 def _rows(tensor: Tensor) -> Bytes:

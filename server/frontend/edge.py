@@ -206,7 +206,7 @@ Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def thin(endpoint: Endpoint) -> ASGIApp:
-    """The ASGI application of a route function, without what FastAPI does for functions that take parameters."""
+    """The ASGI application of a route function, without what Starlette does around one: `Edge` does it for all."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         response = await endpoint(Request(scope, receive, send))

@@ -33,12 +33,13 @@ from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 
 from server import process
+from server.frontend.address import listen
 from server.frontend.connection import LINGER_S, Connection, Connections
 from server.frontend.remote.fleet import Fleet
 from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
 
     from server.service import Service
 
@@ -48,9 +49,6 @@ log = logging.getLogger(__name__)
 _ATTACH_FILTER = 26
 _EMPTY_THE_BACKLOG_S = 0.03
 
-# Bytes of answers that the kernel keeps for a client that does not read. By itself it would take megabytes.
-SEND_BUFFER = 128 * 1024
-
 # Between "no more connections" and "close the idle ones": time for bytes that are already on their way to become
 # requests, which are then answered.
 LAST_CALL_S = 0.2
@@ -59,61 +57,6 @@ LAST_CALL_S = 0.2
 END_S = 8.0
 
 ENDING, ENDED, LATE = 253, 254, 255  # events of `run`, besides signals, which have their own numbers
-
-
-def bind(settings: Settings) -> socket.socket:
-    """Take the address before anything slow is done. Raises SettingsError where it cannot be had.
-
-    Clients are refused until the server is warm: another one may answer them. So the socket does not listen yet, and
-    must keep others out all the same. Without SO_REUSEADDR it does. Only where connections of a server before this one
-    still linger (TIME_WAIT) does it take SO_REUSEADDR; then another server may get the address, too, and who comes
-    second is told when it is to listen.
-    """
-    where = f"{settings.host} port {settings.port}"
-    unusable: OSError | None = None
-    for family, kind, protocol, _, address in _addresses(settings):
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
-        try:
-            try:
-                listener.bind(address)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(address)
-        except OSError as error:
-            listener.close()
-            if error.errno != errno.EADDRNOTAVAIL:
-                raise SettingsError(f"cannot listen on {where}: {os.strerror(error.errno or 0)}") from None
-            unusable = error
-        except OverflowError as error:
-            listener.close()
-            raise SettingsError(f"cannot listen on {where}: {error}") from None
-        else:
-            return listener
-    raise SettingsError(f"cannot listen on {where}: {unusable.strerror if unusable else 'no address'}")
-
-
-def _listen(listener: socket.socket, backlog: int) -> None:
-    # For its connections: where they linger, the next server can take the address all the same.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.listen(backlog)
-
-
-def _addresses(settings: Settings) -> list[Any]:
-    """As getaddrinfo tells them; of a name that has several, IPv4 goes first, as with the default host."""
-    try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, ValueError) as error:  # ValueError: what cannot be a name at all
-        reason = getattr(error, "strerror", None) or "this is no host name"
-        raise SettingsError(f"cannot listen on {settings.host}: {reason}") from None
-    return sorted(found, key=lambda one: one[0] != socket.AF_INET)
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
@@ -165,7 +108,7 @@ class Server(uvicorn.Server):
         try:
             # uvloop would not tell that somebody else listens, and close the socket behind our back.
             for listener in sockets or []:
-                _listen(listener, self.config.backlog)
+                listen(listener, self.config.backlog)
         except OSError:
             self.address_taken = self.should_exit = True
             return
@@ -265,7 +208,7 @@ def _take_no_more(listener: socket.socket) -> None:
 
 
 def make_server(
-    app: FastAPI,
+    app: Starlette,
     settings: Settings,
     started: Callable[[], None] = lambda: None,
     ending: Callable[[], object] = lambda: None,
@@ -297,7 +240,7 @@ def config_of(
 
 
 def run(
-    app: FastAPI,
+    app: Starlette,
     settings: Settings,
     listener: socket.socket,
     started: Callable[[], None] = lambda: None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qsl
 
 import orjson
-from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from server import metrics
@@ -402,14 +402,40 @@ async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def docs(_: Request) -> Response:
-    return get_swagger_ui_html(
-        openapi_url="/openapi.json",
-        title="DVT Serve",
-        swagger_js_url="/docs/assets/swagger-ui-bundle.js",
-        swagger_css_url="/docs/assets/swagger-ui.css",
-        swagger_favicon_url="/docs/assets/favicon-32x32.png",
-    )
+    return HTMLResponse(await asyncio.to_thread(_docs))
 
 
-async def openapi(request: Request) -> Response:
-    return json_response(request.app.openapi())
+async def openapi(_: Request) -> Response:
+    return Document(await asyncio.to_thread(_openapi))
+
+
+ROUTES: list[tuple[str, str, Endpoint]] = [  # path, method, endpoint; the busiest first
+    ("/classify", "POST", classify),
+    ("/budget", "GET", get_budget),
+    ("/budget", "PUT", put_budget),
+    ("/budget/preview", "POST", preview_budget),
+    ("/livez", "GET", livez),
+    ("/readyz", "GET", readyz),
+    ("/metrics", "GET", get_metrics),
+    ("/frontier", "GET", get_frontier),
+    ("/model", "GET", get_model),
+    ("/docs", "GET", docs),
+    ("/openapi.json", "GET", openapi),
+]
+
+
+# FastAPI, which writes both, would take a sixth of the time of a start, and a twelfth of the memory.
+
+
+@functools.cache
+def _docs() -> bytes:
+    from server.frontend import schemas
+
+    return schemas.page("/openapi.json", "/docs/assets")
+
+
+@functools.cache
+def _openapi() -> bytes:
+    from server.frontend import schemas
+
+    return schemas.document(ROUTES)

@@ -27,7 +27,7 @@ from server.bundle.manifest import Bundle, Preprocessing, StageSpec, TensorSpec,
 from server.calibration.sweep import sweep
 from server.core import Pixels
 from server.engines.fake import FakeEngine
-from server.frontend import listener
+from server.frontend import address, listener
 from server.service import Service
 from server.settings import Settings
 
@@ -231,7 +231,7 @@ def listening(request: pytest.FixtureRequest, bundle: Bundle, engine: FakeEngine
         loop = asyncio.get_running_loop()
         for number in process.STOP:
             loop.add_signal_handler(number, server.signalled, number)
-        with listener.bind(values) as bound:
+        with address.bind(values) as bound:
             task = asyncio.create_task(server.serve([bound]))
             await started.wait()
             await app.state.service.budget.put({"thresholds": [0.5, 0.5]})

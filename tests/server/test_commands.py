@@ -26,12 +26,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from server import commands
+from server import commands, process
 from server.__main__ import add, build
 from server.bundle.manifest import EMBEDDED, Preprocessing
 from server.commands import parse_target
 from server.engines.gpu.probe import visible_gpus
-from server.errors import BadImage, ImageTooLarge, UnsupportedMediaType
+from server.engines.onnx import OnnxEngine
+from server.errors import BadImage, BundleError, ImageTooLarge, UnsupportedMediaType
 from server.frontend import images
 from server.process import hush
 
@@ -300,6 +301,19 @@ def test_batch_sizes_that_do_not_fit_the_model_stop_the_start_in_one_line(
     monkeypatch.setenv("DVT_MAX_BATCH_SIZES", "1,2")
     status, _, said = dvt("serve", "--dry-run")
     assert (status, said) == (2, "Error: bad setting DVT_MAX_BATCH_SIZES: 2 sizes, but the model has 3 stages\n")
+
+
+@pytest.mark.parametrize("command", [["serve", "--dry-run"], ["serve", "--port", "0"]])
+def test_what_is_wrong_with_a_bundle_at_the_warm_up_is_said_in_one_line(
+    dvt: Run, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def replaced(_: OnnxEngine) -> None:
+        raise BundleError("stage2.onnx: was replaced while the server started; start it again")
+
+    monkeypatch.setattr(OnnxEngine, "warm_up", replaced)
+    monkeypatch.setattr(process, "hear_stop", lambda _: None)
+    status, _, said = dvt(*command)
+    assert (status, said) == (2, "Error: stage2.onnx: was replaced while the server started; start it again\n")
 
 
 @pytest.mark.skipif(visible_gpus() > 0, reason="there is a GPU")

@@ -232,10 +232,13 @@ async def test_without_the_extra_it_says_what_to_install(serve: Any, monkeypatch
             pass
 
 
-def test_a_server_without_a_fleet_does_not_import_kubernetes() -> None:
+def test_a_server_imports_no_kubernetes_without_a_fleet_and_no_fastapi_before_its_document_is_asked_for() -> None:
     import subprocess
 
-    code = "import sys; import server.app; print([m for m in sys.modules if m.startswith(('kubernetes', 'aiohttp'))])"
+    code = (
+        "import sys; import server.app;"
+        "print([m for m in sys.modules if m.startswith(('kubernetes', 'aiohttp', 'fastapi'))])"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

@@ -30,11 +30,11 @@ SERVE = textwrap.dedent(
     from server.app import create_app
     from server.bundle.manifest import Bundle
     from server.engines.fake import FakeEngine
-    from server.frontend import listener
+    from server.frontend import address, listener
     from server.settings import read_settings
 
     settings = read_settings({"port": int(sys.argv[2]), "state_dir": None, "profile_seconds": 0})
-    bound = listener.bind(settings)
+    bound = address.bind(settings)
     app = create_app(settings, Bundle.load(sys.argv[1]), FakeEngine(num_classes=10))
     process.say("x" * 100_000)  # more than a pipe holds
     for _ in range(2 * process.MAX_RECORDS):

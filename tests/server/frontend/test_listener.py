@@ -19,7 +19,7 @@ from server.app import create_app
 from server.bundle.manifest import Bundle
 from server.core import StageBatch, StageOutput
 from server.engines.fake import FakeEngine
-from server.frontend import listener
+from server.frontend import address, listener
 from server.service import Phase
 from server.settings import Settings, SettingsError
 
@@ -217,15 +217,15 @@ def test_a_port_that_is_taken_is_said_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1 port {port}"):
-            listener.bind(Settings(port=port))
+            address.bind(Settings(port=port))
 
 
 def test_only_one_of_two_that_start_at_once_gets_the_port() -> None:
-    with listener.bind(Settings(port=0)) as first:  # it does not listen yet
+    with address.bind(Settings(port=0)) as first:  # it does not listen yet
         port = first.getsockname()[1]
         for host in ("127.0.0.1", "0.0.0.0", "localhost"):
             with pytest.raises(SettingsError, match=f"cannot listen on {host} port {port}: Address already in use"):
-                listener.bind(Settings(host=host, port=port, open_control=True))
+                address.bind(Settings(host=host, port=port, open_control=True))
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
 
@@ -240,7 +240,7 @@ async def test_a_port_is_free_again_as_soon_as_its_server_has_stopped_and_goes_t
         assert await line.ended()  # the server closed first: its end of the connection lingers
         port = here.port
     settings = Settings(port=port, state_dir=None, profile_seconds=0)
-    with listener.bind(settings) as one, listener.bind(settings) as other:
+    with address.bind(settings) as one, address.bind(settings) as other:
         servers = [
             listener.make_server(create_app(settings, bundle, FakeEngine(num_classes=10)), settings) for _ in range(2)
         ]
@@ -268,7 +268,7 @@ async def test_a_port_is_free_again_as_soon_as_its_server_has_stopped_and_goes_t
 )
 def test_an_address_that_cannot_be_had_is_said_in_one_line(host: str, reason: str) -> None:
     with pytest.raises(SettingsError, match=rf"\Acannot listen on .*: ({reason})[^\n]*\Z"):
-        listener.bind(Settings(host=host, port=0, open_control=True))
+        address.bind(Settings(host=host, port=0, open_control=True))
 
 
 def test_an_ipv6_socket_for_all_addresses_has_the_port_for_ipv4_too() -> None:
@@ -277,18 +277,18 @@ def test_an_ipv6_socket_for_all_addresses_has_the_port_for_ipv4_too() -> None:
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match="Address already in use"):
-            listener.bind(Settings(port=port))
+            address.bind(Settings(port=port))
 
 
 def test_a_name_with_several_addresses_is_the_first_ipv4_one() -> None:
-    with listener.bind(Settings(host="localhost", port=0)) as bound:
+    with address.bind(Settings(host="localhost", port=0)) as bound:
         assert bound.getsockname()[0] == "127.0.0.1"
 
 
 SERVER = textwrap.dedent(
     """
     import sys, time
-    from server.frontend import listener
+    from server.frontend import address, listener
     from server.app import create_app
     from server.bundle.manifest import Bundle
     from server.engines.fake import FakeEngine
@@ -300,7 +300,7 @@ SERVER = textwrap.dedent(
             return super().run(batch)
 
     settings = Settings(port=0, state_dir=None, executors=2, decode_threads=2, profile_seconds=0)
-    bound = listener.bind(settings)
+    bound = address.bind(settings)
     app = create_app(settings, Bundle.load(sys.argv[1]), Slow(num_classes=10))
     sys.exit(not listener.run(app, settings, bound, lambda: print(bound.getsockname()[1], flush=True)))
     """

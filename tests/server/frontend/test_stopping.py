@@ -35,7 +35,7 @@ SERVER = textwrap.dedent(
     from server.budget.store import MemoryStore
     from server.bundle.manifest import Bundle
     from server.engines.fake import FakeEngine
-    from server.frontend import images, listener
+    from server.frontend import address, images, listener
     from server.settings import read_settings
 
     hangs = sys.argv[2]
@@ -65,12 +65,12 @@ SERVER = textwrap.dedent(
     settings = read_settings(
         {"port": 0, "state_dir": None, "executors": 1, "decode_threads": 1, "profile_seconds": 0, "audit_fraction": 0}
     )
-    bound = listener.bind(settings)
+    bound = address.bind(settings)
     app = create_app(settings, Bundle.load(sys.argv[1]), Engine(num_classes=10))
     app.state.service.budget._store = Store()
     if hangs == "warm-up":
         process.say("warming up")
-    well = listener.run(app, settings, bound, lambda: process.say(listener.url_of(bound)), end_s=0.5)
+    well = listener.run(app, settings, bound, lambda: process.say(address.url_of(bound)), end_s=0.5)
     process.leave(0 if well else 1)
     """
 )
