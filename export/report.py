@@ -54,7 +54,7 @@ class Recording(Engine):
         self.name, self.executors, self.max_slots = engine.name, engine.executors, engine.max_slots
         self.num_stages, self.num_classes = engine.num_stages, engine.num_classes
         self.input_size, self.max_batch_sizes = engine.input_size, engine.max_batch_sizes
-        self.runtime, self.device = engine.runtime, engine.device
+        self.runtime, self.device, self.own_cores = engine.runtime, engine.device, engine.own_cores
         self._kept: list[list[Probabilities]] = [[] for _ in range(engine.num_stages)]
 
     @property

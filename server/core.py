@@ -86,6 +86,7 @@ class Engine(Protocol):
 
     name: str  # as it is asked for: DVT_ENGINE
     executors: int  # batches that pay at once
+    own_cores: bool  # whether each of them has some for itself: two half batches then take half the time
     max_slots: int | None  # states that it can hold; None: as many as the host's memory can
     num_stages: int
     num_classes: int

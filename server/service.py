@@ -329,7 +329,7 @@ class Service(Front):
             self.machine.profile = LiveProfile(profile)
             seconds = self.machine.profile.seconds
             policy = DeepestRipe(seconds, self.batch_sizes)
-            self.scheduler.learn(seconds, policy, policy.ripe)
+            self.scheduler.learn(seconds, policy, policy.ripe, policy.shares if self.engine.own_cores else None)
             image_seconds = profile.image_seconds(self.batch_sizes)
             rows = with_ms(self.bundle.frontier.rows, [1000 * s for s in image_seconds])
             self.frontier_document = orjson.dumps(_describe_frontier(self.bundle, rows))

@@ -155,8 +155,9 @@ class Settings(BaseSettings):
         1.0,
         ge=0,
         le=60,
-        description="At most so many seconds of the start go to measuring batches, each size twice, where the bundle has "
-        "no profile for this machine; 0 measures none: then there are no latency budgets, no brownout and no early refusals.",
+        description="At most so many seconds of the start go to measuring batches, each size twice, where the bundle "
+        "has no profile for this machine; 0 measures none: then there are no latency budgets, no brownout and no early "
+        "refusals.",
     )
     engine_dir: Path | None = Field(
         None,

@@ -266,10 +266,10 @@ class Batcher:
         """Expire, hand out what can run, set the timer."""
         self._step_is_due = False
         now = self._clock()
-        self._carry_out(self._scheduler.expire(now))
+        self._carry_out(self._scheduler.expire(now, self._idle))
         while (batch := self._next_batch(now)) is not None:
             self._handoff.put(batch)
-            self._carry_out(self._scheduler.expire(now))  # what waits would run in other batches now
+            self._carry_out(self._scheduler.expire(now, self._idle))  # what waits would run in other batches now
         self._set_timer(now)
 
     def _next_batch(self, now: float) -> Batch | None:
@@ -277,11 +277,15 @@ class Batcher:
         begins = self._next_idle(now)
         if begins > now + AHEAD_S:
             return None
-        busy = len(self._out) >= len(self._threads)
-        batch = self._scheduler.schedule(now, begins if busy else None)
+        batch = self._scheduler.schedule(now, None if self._idle > 0 else begins, self._idle)
         if batch is not None:
             self._out[batch] = begins + self._scheduler.seconds(batch)
         return batch
+
+    @property
+    def _idle(self) -> int:
+        """Threads without a batch; below 0 where batches wait for a thread."""
+        return len(self._threads) - len(self._out)
 
     def _next_idle(self, now: float) -> float:
         """When a thread that has no next batch is expected to be idle; inf where nobody knows, or all have theirs."""

@@ -27,6 +27,7 @@ from server.cascade.scheduler import Seconds, StageView
 
 RIPE = 0.95
 BOUND = 0.5
+SHARED = 0.8  # of the best speed: where an executor would else be idle, what that costs more is nobody's time
 
 
 class DeepestRipe:
@@ -52,6 +53,11 @@ class DeepestRipe:
 
     def ripe(self, stage: int, images: int) -> bool:
         return self._ripeness[stage - 1][images] >= RIPE
+
+    @property
+    def shares(self) -> list[int]:
+        """By stage, the fewest images that are worth an executor that would else be idle."""
+        return [next(n for n in range(1, len(speeds)) if speeds[n] >= SHARED) for speeds in self._ripeness]
 
     def _cycle(self) -> float:
         """Seconds of a full batch through every stage."""

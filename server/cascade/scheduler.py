@@ -14,6 +14,9 @@ ones queue for the next stage, where survivors of different requests share a bat
   compaction: stage s + 1 gets work only from stage s, so the deeper queues drain before new images start, the live
   state stays small and nothing starves. It never idles while anything can run, and never waits or shrinks a batch for
   the sake of its head. Several batches may be out at once.
+- *Shares.* Where several executors are idle, and each has cores of its own, those that wait are shared among them
+  (guided self-scheduling: Polychronopoulos and Kuck 1987), down to the fewest that are worth a batch: the images of
+  one request are then not run by one core while the others look on. Under load one executor is idle at a time, at most.
 - *Order.* Within a stage the higher priority goes first, and of equal ones the earlier deadline, which a survivor
   keeps. A batch takes what comes next whatever its priority, so batches stay full. Where the queue has no room, a
   newcomer takes the place of requests of lower priority that have not begun: the lowest and last go first.
@@ -281,6 +284,7 @@ class Scheduler:
         self._policy = policy
         self._seconds = seconds
         self._ripe: Ripe = never_ripe
+        self._shares = self._max_batch_sizes
         self._executors = executors
         self.check(point)
         self._point = point
@@ -293,9 +297,13 @@ class Scheduler:
         self._doubted = [math.inf] * len(max_batch_sizes)  # when a stage first refused, of those since its last batch
         self._last_s = math.inf  # what the last batch of others took: one image takes no longer
 
-    def learn(self, seconds: Seconds, policy: Policy, ripe: Ripe = never_ripe) -> None:
-        """What a batch costs is known from now on, a policy that goes by it, and which batches may be formed early."""
+    def learn(
+        self, seconds: Seconds, policy: Policy, ripe: Ripe = never_ripe, shares: Sequence[int] | None = None
+    ) -> None:
+        """What a batch costs is known from now on, a policy that goes by it, which batches may be formed early, and, by
+        stage, the fewest images that are worth an executor that would else be idle."""
         self._seconds, self._policy, self._ripe = seconds, policy, ripe
+        self._shares = self._max_batch_sizes if shares is None else tuple(shares)
 
     # -- what the caller may ask
 
@@ -385,11 +393,11 @@ class Scheduler:
         self._requests.add((deadline, order, request))
         return request, outcome
 
-    def schedule(self, now: float, begins: float | None = None) -> Batch | None:
+    def schedule(self, now: float, begins: float | None = None, idle: int = 1) -> Batch | None:
         """The batch to run next, or None where nothing can run. `begins`: all executors are busy until then. So it can
         wait, and is formed only where more images would not make it better, and nobody is in a hurry: who is late is
-        told most exactly at the last moment."""
-        limits = self._limits()
+        told most exactly at the last moment. `idle`: the executors that have nothing to do, this one included."""
+        limits = self._limits(idle)
         views = [queue.view(limit) for queue, limit in zip(self._queues, limits, strict=True)]
         # Also where new images wait for slots that only background work can free.
         idle = not any(view.ready for view in views)
@@ -464,14 +472,15 @@ class Scheduler:
             self._fail(image.request, error, "engine_failed", now, outcome)
         return outcome
 
-    def expire(self, now: float) -> Outcome:
-        """Settle every request whose deadline has come, and what could not meet it any more."""
+    def expire(self, now: float, idle: int = 1) -> Outcome:
+        """Settle every request whose deadline has come, and what could not meet it any more. `idle`: as for the batches
+        that they would run in."""
         outcome = Outcome()
         while (first := self._requests.first) is not None and first[0] <= now:
             error = DeadlineExceeded("the deadline passed before every image had reached an exit")
             self._cut_short(first[2], error, "deadline", now, outcome)
         if self._seconds is not None:
-            for stage, limit in enumerate(self._limits(), start=1):
+            for stage, limit in enumerate(self._limits(idle), start=1):
                 while late := self._late(stage, limit, now):
                     self._give_up(late, now, outcome)
         return outcome
@@ -620,9 +629,12 @@ class Scheduler:
 
     # -- bounds
 
-    def _limits(self) -> list[int]:
+    def _limits(self, idle: int) -> list[int]:
         """Images that a batch of each stage may take now."""
         limits = list(self._max_batch_sizes)
+        if idle > 1:
+            for at, (queue, least) in enumerate(zip(self._queues, self._shares, strict=True)):
+                limits[at] = min(limits[at], max(least, math.ceil(len(queue) / idle)))
         limits[0] = min(limits[0], self._max_slots - self._slots())
         return limits
 

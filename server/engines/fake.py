@@ -25,6 +25,7 @@ class FakeEngine:
 
     name = "fake"
     executors = 1
+    own_cores = False
     max_slots: int | None = None
 
     def __init__(

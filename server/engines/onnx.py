@@ -74,6 +74,7 @@ class OnnxEngine:
     """
 
     name = "onnx"
+    own_cores = True
     max_slots: int | None = None
 
     def __init__(

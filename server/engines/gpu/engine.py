@@ -316,6 +316,8 @@ class GpuEngine:
     Raises BundleError for stages that do not fit together, OutOfDeviceMemory where they do not fit on the device.
     """
 
+    own_cores = False
+
     def __init__(
         self,
         bundle: Bundle,

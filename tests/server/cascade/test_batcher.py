@@ -174,6 +174,18 @@ async def test_it_needs_no_news_to_be_formed_in_time():
         await asyncio.gather(*asked)
 
 
+async def test_the_images_of_a_request_are_shared_among_idle_executors():
+    async with serving(executors=3, engine=FakeEngine(max_batch_sizes=(16, 16, 16))) as server:
+        server.scheduler.learn(lambda _, images: 0.001 * images, deepest_first, shares=(2, 2, 2))
+        server.engine.gates[1].clear()
+        asked = server.ask(*[(HIGH,)] * 9)
+        for _ in range(3):
+            await server.next_run()
+        assert [len(batch.pixels) for batch in server.engine.batches] == [3, 3, 3]
+        server.engine.open_gates()
+        assert len((await asked).results) == 9
+
+
 async def one_runs(server: Server, seconds: float, ripe_from: int) -> asyncio.Task[Answer]:
     """An image that the engine keeps; a batch is believed to take so long, and to pay from so many images on."""
     server.scheduler.learn(lambda *_: seconds, deepest_first, lambda _, images: images >= ripe_from)

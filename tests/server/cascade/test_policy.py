@@ -84,6 +84,12 @@ def test_without_a_fixed_cost_every_batch_is_ripe():
     assert choice(200, 1, 0, policy=COSTLY_IMAGES) == 2
 
 
+def test_fewer_images_than_are_ripe_are_worth_an_idle_executor():
+    assert COSTLY_BATCHES.shares == [27, 27, 27]  # 27 / (27 + 10) is 0.80 of 100 / (100 + 10)
+    assert COSTLY_IMAGES.shares == [1, 1, 1]
+    assert DeepestRipe(LatencyProfile.lines((0, 0, 0), (0, 0, 0)).seconds, SIZES).shares == [1, 1, 1]
+
+
 def test_a_stage_that_costs_nothing_is_ripe():
     free = DeepestRipe(LatencyProfile.lines((10, 0, 10), (1, 0, 1)).seconds, SIZES)
     assert choice(200, 1, 1, policy=free) == 2

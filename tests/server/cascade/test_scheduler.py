@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ from server.cascade.scheduler import (
     Outcome,
     Request,
     Scheduler,
+    deepest_first,
 )
 from server.core import Mix, OperatingPoint
 from server.engines.fake import FakeEngine
@@ -152,6 +154,40 @@ def test_the_deepest_stage_runs_first_and_survivors_of_different_requests_share_
     batches = cascade.run_dry()
     assert [(batch.run.stage, len(batch.images)) for batch in batches] == [(1, 4), (2, 3), (1, 3)]
     assert {image.request for image in batches[1].images} >= {first, second}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "idle", "shares", "sizes"),
+    [
+        (8, 1, (2, 2, 2), [8]),
+        (8, 2, (2, 2, 2), [4, 4]),
+        (8, 3, (2, 2, 2), [3, 3, 2]),
+        (8, 8, (2, 2, 2), [2, 2, 2, 2]),  # less would not be worth it
+        (8, 8, (1, 1, 1), [1] * 8),
+        (30, 2, (2, 2, 2), [8, 8]),  # no more than a batch may have
+        (1, 4, (2, 2, 2), [1]),
+        (8, 2, None, [8]),  # executors that share their hardware
+    ],
+)
+def test_idle_executors_share_what_waits(waiting: int, idle: int, shares: tuple[int, ...] | None, sizes) -> None:
+    cascade = Cascade(sizes=(8, 8, 8))
+    cascade.scheduler.learn(lambda _, images: 1.0 * images, deepest_first, shares=shares)
+    cascade.admit(*[[UNSURE]] * waiting)
+    taken = []
+    while idle and (batch := cascade.scheduler.schedule(cascade.now, idle=idle)) is not None:
+        taken.append(len(batch.images))
+        idle -= 1
+    assert taken == sizes
+
+
+def test_an_image_is_judged_by_the_share_that_it_would_run_in() -> None:
+    cascade = Cascade(sizes=(8, 8, 8))
+    cascade.scheduler.learn(lambda _, images: 1.0 * images, deepest_first, shares=(2, 2, 2))
+    request = cascade.admit(*[[SURE]] * 8, deadline=5.0)
+    cascade.carry_out(cascade.scheduler.expire(cascade.now, 2))  # two batches of 4 s
+    assert not request.settled
+    cascade.expire()  # one of 8 s
+    assert isinstance(request.error, Overloaded)
 
 
 def test_survivors_run_in_order_of_admission_even_if_a_later_batch_came_back_first():
@@ -794,14 +830,18 @@ class Histories(RuleBasedStateMachine):
         thresholds=st.tuples(THRESHOLDS, THRESHOLDS),
         mix=MIXES,
         costs=st.sampled_from([None, (0.0, 0.5), (2.0, 1.0)]),
+        shares=st.tuples(*[st.integers(1, 4)] * 3),
     )
-    def begin(self, sizes, slots, thresholds, mix, costs):
+    def begin(self, sizes, slots, thresholds, mix, costs, shares):
         self.sizes, self.max_slots = sizes, slots
+        self.shares = sizes if costs is None else [min(pair) for pair in zip(sizes, shares, strict=True)]
         self.versions = [OperatingPoint(0, (*thresholds, 0.0), mix)]
         self.seconds = None if costs is None else lambda stage, size: costs[0] + costs[1] * size  # noqa: ARG005
         self.cascade = Cascade(
             self.versions[0], sizes=sizes, max_queued_images=12, max_slots=slots, seconds=self.seconds
         )
+        if self.seconds is not None:
+            self.cascade.scheduler.learn(self.seconds, deepest_first, shares=self.shares)
         self.confidences: dict[Request, list[tuple[float, ...]]] = {}
         self.deepest: dict[int, int] = {}  # by order of admission: the deepest stage an image was dispatched to
         self.orders: dict[Request, list[int]] = {}
@@ -861,10 +901,11 @@ class Histories(RuleBasedStateMachine):
             self.orders[request] = [image.order for image in request.images]
 
     @precondition(lambda self: len(self.flying) < 3 and any(self.cascade.scheduler.load.waiting))
-    @rule(returns=st.booleans())
-    def dispatch(self, returns):
+    @rule(returns=st.booleans(), executors=st.integers(1, 6))
+    def dispatch(self, returns, executors):
         """Start a batch; `returns`: it comes back before anything else happens."""
-        self.cascade.expire()
+        executors = max(1, executors - len(self.flying))  # that are idle
+        self.cascade.carry_out(self.cascade.scheduler.expire(self.cascade.now, executors))
         if not any(self.cascade.scheduler.load.waiting):
             return
         load = self.cascade.scheduler.load
@@ -874,7 +915,7 @@ class Histories(RuleBasedStateMachine):
         waiting = Counter(image.stage for image in queued if image.request.priority != BACKGROUND)
         hidden = Counter(image.stage for image in queued if image.request.priority == BACKGROUND)
         due = self.cascade.scheduler._credit > self.cascade.scheduler._last_s
-        batch = self.cascade.scheduler.schedule(self.cascade.now)
+        batch = self.cascade.scheduler.schedule(self.cascade.now, idle=executors)
         free = load.max_slots - load.slots
         if batch is None:
             assert not any(load.waiting[1:]), "idle while deeper work waits"
@@ -893,7 +934,9 @@ class Histories(RuleBasedStateMachine):
             assert all(image.request.deadline >= ends for image in batch.images), "it brings none of them in time"
         assert not any(waiting[deeper] for deeper in range(stage + 1, 4)), "a deeper stage was passed over"
         can_start = waiting[stage] if stage > 1 else min(waiting[1], free)
-        assert len(batch.images) == min(can_start, self.sizes[stage - 1]), "as full as it can be"
+        share = max(self.shares[stage - 1], math.ceil(load.waiting[stage - 1] / executors))
+        most = self.sizes[stage - 1] if executors == 1 else min(self.sizes[stage - 1], share)
+        assert len(batch.images) == min(can_start, most), "as full as it can be"
         orders = [(image.request.priority, image.request.deadline, image.order) for image in batch.images]
         assert orders == sorted(orders)
         assert not any(image.request.settled for image in batch.images), "nobody waits for it"
