@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.clients import Line, Load, classify
+from benchmarks.clients import Line, Load, classify, classify_many
 from benchmarks.harness import Options, Report, Server, finish, load_bundle, parse, process_cpu_seconds, quantile_ms
 from server.bench.photos import photos
 
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _more(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(images=50)
     parser.add_argument("before", type=Path, help="folder of the other checkout")
+    parser.add_argument("--each", type=int, default=1, help="images in a request (default %(default)s)")
     parser.add_argument("--side", type=int, default=64, help="of the JPEGs (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=6, help="(default %(default)s)")
     parser.add_argument("--lone", type=int, default=200, help="lone requests, each, a round (default %(default)s)")
@@ -42,7 +43,11 @@ def _more(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: Options) -> Report:
     report = Report("checkouts")
-    requests = [classify(_small(file, options.side)) for file in photos(options.images)]
+    files = [_small(file, options.side) for file in photos(options.images)]
+    requests = [classify(file) for file in files]
+    if options.each > 1:
+        forms = [[files[(first + more) % len(files)] for more in range(options.each)] for first in range(len(files))]
+        requests = [classify_many(form) for form in forms]
     bundle = load_bundle(options).path if options.bundle else ""  # by default each serves the one that it embeds
     lone: dict[str, list[float]] = {name: [] for name in NAMES}
     rates: dict[str, list[float]] = {name: [] for name in NAMES}
@@ -75,7 +80,7 @@ def measure(options: Options) -> Report:
                     time.sleep(options.seconds)
                 seconds = time.perf_counter() - began
                 failed += len(load.failed)
-                rates[name].append(len(load.asked) / seconds)
+                rates[name].append(options.each * len(load.asked) / seconds)
                 cpu[name].append((process_cpu_seconds(servers[name].pid) - spent) / len(load.asked))
     for name in NAMES:
         p50, p90 = quantile_ms(lone[name], 0.5), quantile_ms(lone[name], 0.9)
