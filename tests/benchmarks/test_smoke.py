@@ -121,7 +121,9 @@ def test_floods_are_over_soon_and_leave_the_server_standing(run: Run) -> None:
 
 def test_a_checkout_is_held_against_this_one(run: Run) -> None:
     root = str(Path(__file__).resolve().parents[2])
-    results = run("checkouts", root, *"--rounds 1 --lone 5 --seconds 0.3 --clients 2 --each 3".split())
+    results = run(
+        "checkouts", root, *["--rounds", "1", "--lone", "5", "--seconds", "0.3", "--clients", "2", "--each", "3"]
+    )
     assert results["broken"] == []
     assert results["figures"]["lone_ratio"] > 0
 
